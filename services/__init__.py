@@ -1,0 +1,1 @@
+"""The router, planner and worker services and the `kunserve` command that starts them."""
