@@ -1,8 +1,8 @@
 """Every message on the bus: one pydantic model each, msgpack on the wire.
 
 Models carry a version and ignore unknown fields, so that services of neighbouring releases can
-talk. Token ids travel as packed little-endian int32 bytes (4 bytes a token instead of up to 5, and no
-per-token Python objects while decoding).
+talk. Token ids travel as packed little-endian int32 bytes (4 bytes a token instead of up to 5,
+and no per-token Python objects while decoding).
 
 Who sends what is drawn in `shared/subjects.py`.
 """

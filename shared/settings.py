@@ -1,9 +1,9 @@
 """Settings: one pydantic model per service, filled from command line, environment, file, defaults.
 
 Precedence is that order, per field. A field `device_memory` is `--device-memory` on the command
-line, `KUNSERVE_DEVICE_MEMORY` in the environment (or `KUNSERVE_DEVICE_MEMORY_FILE`, a path whose content
-is the value, for secrets) and `device_memory` in a TOML file given by `--config`. A file with a key
-that no field has is refused; an environment may hold variables of other services.
+line, `KUNSERVE_DEVICE_MEMORY` in the environment (or `KUNSERVE_DEVICE_MEMORY_FILE`, a path whose
+content is the value, for secrets) and `device_memory` in a TOML file given by `--config`. A file
+with a key that no field has is refused; an environment may hold variables of other services.
 """
 
 from __future__ import annotations

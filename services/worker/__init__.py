@@ -1,0 +1,1 @@
+"""The worker service: one device, one memory budget, one or more layers of the model."""

@@ -1,0 +1,119 @@
+"""Settings of one worker process."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from shared.logging import LogFormat
+from shared.settings import ByteSize, Settings
+from shared.subjects import validate_name
+
+MIB = 1024**2
+GIB = 1024**3
+
+
+class Device(StrEnum):
+    """Where the model runs."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+
+
+class Dtype(StrEnum):
+    """Compute type. Weights of other types are converted while they are loaded."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+
+
+def default_worker_id() -> str:
+    """Host name and a random suffix: unique when one service is scaled to many containers."""
+    host = "".join(letter if letter.isalnum() else "-" for letter in socket.gethostname())
+    return f"{host[:40]}-{secrets.token_hex(3)}"
+
+
+class WorkerSettings(Settings):
+    """One serving instance: one process, one device, one memory budget."""
+
+    deployment: str = Field(default="default", description="name of the cluster on the NATS server")
+    nats: str = Field(default="nats://127.0.0.1:4222", description="URL of the NATS server")
+    nats_creds: Path | None = Field(default=None, description="NATS credentials file")
+    nats_nkey: Path | None = Field(default=None, description="file with a NATS nkey seed")
+    worker_id: str = Field(
+        default_factory=default_worker_id, description="unique name (default: host and random)"
+    )
+    model: str = Field(
+        default="builtin:smollm2",
+        description="builtin:smollm2, a Hugging Face safetensors directory, or a GGUF file",
+    )
+    cache_dir: Path | None = Field(
+        default=None, description="where converted models and compiled kernels are kept"
+    )
+    device: Device = Field(default=Device.AUTO, description="auto or cpu")
+    dtype: Dtype = Field(default=Dtype.AUTO, description="auto or float32")
+    device_memory: ByteSize = Field(
+        default=GIB, ge=MIB, description="budget for weights and KV cache, e.g. 1GiB"
+    )
+    threads: int = Field(
+        default_factory=lambda: os.cpu_count() or 1, ge=1, le=1024, description="compute threads"
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=1, description="longest prompt plus output (default: the model's)"
+    )
+    max_num_batched_tokens: int = Field(
+        default=256, ge=1, le=65536, description="tokens one engine step computes at most"
+    )
+    max_num_seqs: int = Field(default=256, ge=1, description="requests running at once at most")
+    max_num_requests: int = Field(
+        default=2048, ge=1, description="requests running and waiting at most; more are refused"
+    )
+    block_size: int = Field(default=16, ge=1, le=256, description="tokens per KV block")
+    chunk_bytes: ByteSize = Field(
+        default=2 * MIB, ge=4096, description="unit of memory that moves between weights and KV"
+    )
+    watermark: float = Field(
+        default=0.01, ge=0.0, lt=1.0, description="share of the KV pool kept free at admission"
+    )
+    load_interval_seconds: float = Field(
+        default=0.1, gt=0.0, le=5.0, description="time between load reports"
+    )
+    lease_ttl_seconds: float = Field(
+        default=6.0, ge=2.0, description="a worker silent for so long is gone"
+    )
+    drain_timeout_seconds: float = Field(
+        default=120.0, ge=0.0, description="time running requests get at shutdown"
+    )
+    admin_host: str = Field(default="127.0.0.1", description="address of /live, /ready, /metrics")
+    admin_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="port of the admin endpoints, 0 for any (default: none)",
+    )
+    log_format: LogFormat = Field(default=LogFormat.TEXT, description="text or json")
+    log_level: str = Field(default="info", description="debug, info, warning or error")
+
+    @field_validator("worker_id")
+    @classmethod
+    def _check_worker_id(cls, value: str) -> str:
+        return validate_name(value, "worker id")
+
+    @field_validator("chunk_bytes")
+    @classmethod
+    def _check_chunk_bytes(cls, value: int) -> int:
+        if value % 4096:
+            raise ValueError(f"{value} is not a multiple of the 4096-byte page")
+        return value
+
+    @field_validator("log_level")
+    @classmethod
+    def _check_log_level(cls, value: str) -> str:
+        if value.lower() not in {"debug", "info", "warning", "error"}:
+            raise ValueError(f"{value!r} is none of debug, info, warning, error")
+        return value.lower()

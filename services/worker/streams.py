@@ -1,0 +1,106 @@
+"""What the worker has told the routers: the tokens of every request, kept so they can be sent again.
+
+A frame may get lost while NATS reconnects. The router then asks for everything from an index on
+(`Resume`); a request is remembered until some time after its end for that. Pure bookkeeping: time is
+an argument, nothing is sent here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from shared.messages import TokenItem
+
+#: How long a finished request can still be asked for.
+REMEMBER_SECONDS = 30.0
+
+
+@dataclass(slots=True)
+class _Stream:
+    """One accepted request and everything said about it."""
+
+    router_id: str
+    attempt: int
+    items: list[TokenItem] = field(default_factory=list)
+    finished_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamKey:
+    """A request as the engine knows it."""
+
+    request_id: str
+    attempt: int
+
+
+class StreamTable:
+    """All streams of a worker, by request id."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, _Stream] = {}
+
+    def open(self, request_id: str, attempt: int, router_id: str) -> None:
+        """Begin a stream. A later attempt of the same request replaces the earlier one."""
+        self._streams[request_id] = _Stream(router_id, attempt)
+
+    def record(self, items: Iterable[TokenItem], now: float) -> dict[str, list[TokenItem]]:
+        """Remember new items and sort them by the router they go to.
+
+        Items of unknown streams or of replaced attempts are dropped.
+        """
+        by_router: dict[str, list[TokenItem]] = {}
+        for item in items:
+            stream = self._streams.get(item.request_id)
+            if stream is None or stream.attempt != item.attempt:
+                continue
+            stream.items.append(item)
+            if item.finish_reason is not None:
+                stream.finished_at = now
+            by_router.setdefault(stream.router_id, []).append(item)
+        return by_router
+
+    def items_since(
+        self, request_id: str, attempt: int, num_received: int
+    ) -> list[TokenItem] | None:
+        """The items that hold tokens from `num_received` on, or the end; None if unknown.
+
+        An item may begin before `num_received`; the router drops what it already has.
+        """
+        stream = self._streams.get(request_id)
+        if stream is None or stream.attempt != attempt:
+            return None
+        return [
+            item
+            for item in stream.items
+            if item.index + len(item.token_ids) > num_received or item.finish_reason is not None
+        ]
+
+    def is_open(self, request_id: str, attempt: int) -> bool:
+        """True while that attempt is accepted and not finished."""
+        stream = self._streams.get(request_id)
+        return stream is not None and stream.attempt == attempt and stream.finished_at is None
+
+    def open_streams_of(self, router_id: str) -> list[StreamKey]:
+        """Unfinished requests of one router."""
+        return [
+            StreamKey(request_id, stream.attempt)
+            for request_id, stream in self._streams.items()
+            if stream.router_id == router_id and stream.finished_at is None
+        ]
+
+    def routers(self) -> set[str]:
+        """Routers with unfinished requests."""
+        return {s.router_id for s in self._streams.values() if s.finished_at is None}
+
+    @property
+    def num_open(self) -> int:
+        return sum(stream.finished_at is None for stream in self._streams.values())
+
+    def forget_finished(self, now: float) -> None:
+        """Drop what nobody will ask for any more."""
+        self._streams = {
+            request_id: stream
+            for request_id, stream in self._streams.items()
+            if stream.finished_at is None or now - stream.finished_at < REMEMBER_SECONDS
+        }
