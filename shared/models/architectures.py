@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.models.errors import ModelSourceError
-from shared.models.gguf_file import GgufFile, GgufTensor
+from shared.models.gguf_file import GgufFile
+from shared.models.gguf_header import GgufTensor
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3_LOW_FREQ_FACTOR = 1.0
