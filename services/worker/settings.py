@@ -73,7 +73,6 @@ class WorkerSettings(Settings):
     max_num_requests: int = Field(
         default=2048, ge=1, description="requests running and waiting at most; more are refused"
     )
-    block_size: int = Field(default=16, ge=1, le=256, description="tokens per KV block")
     chunk_bytes: ByteSize = Field(
         default=2 * MIB, ge=4096, description="unit of memory that moves between weights and KV"
     )

@@ -1,8 +1,8 @@
-"""What the worker has told the routers: the tokens of every request, kept so they can be sent again.
+"""What the worker has told the routers: the tokens of every request, to send them again.
 
 A frame may get lost while NATS reconnects. The router then asks for everything from an index on
-(`Resume`); a request is remembered until some time after its end for that. Pure bookkeeping: time is
-an argument, nothing is sent here.
+(`Resume`); a request is remembered until some time after its end for that. Pure bookkeeping: time
+is an argument, nothing is sent here.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
     +----------+-------------------+---------------+-----+-----------------+---------+
     ^ address  ^ address + offset, each part on a 64-byte boundary
 
-Dropping the layer unmaps the whole arena; restoring maps chunks at the same addresses and fills them
-again. Matrices are packed for the GEMM (`services/worker/kernels`), vectors are plain.
+Dropping the layer unmaps the whole arena; restoring maps chunks at the same addresses and fills
+them again. Matrices are packed for the GEMM (`services/worker/kernels`), vectors are plain.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ArenaLayout:
         return 4 * part.shape[0]
 
     def address(self, base_address: int, name: str) -> int:
-        """Address of part `name` in an arena at `base_address`; 0 where the arena has no such part."""
+        """Address of part `name` in an arena at `base_address`; 0 where it has no such part."""
         return base_address + self._offsets[name] if name in self._offsets else 0
 
     def fill(self, base_address: int, tensors: Mapping[str, torch.Tensor]) -> None:

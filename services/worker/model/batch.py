@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class SequenceSlice:
-    """The part of one request that a batch computes: its tokens `[start, start + len(token_ids))`."""
+    """What a batch computes of one request: its tokens `[start, start + len(token_ids))`."""
 
     token_ids: Sequence[int]
     start: int  # position of the first of them, i.e. num_computed_tokens

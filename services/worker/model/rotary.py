@@ -1,8 +1,8 @@
 """Rotary position embeddings as a table: cos and sin of every position, made once.
 
 A table makes a row's values independent of the batch it is in (a vectorised cosine may round its
-tail differently) and costs one gather per step. Frequencies are those of `transformers`, bit by bit;
-its own functions are called for the scaled kinds.
+tail differently) and costs one gather per step. Frequencies are those of `transformers`, bit by
+bit; its own functions are called for the scaled kinds.
 """
 
 from __future__ import annotations
