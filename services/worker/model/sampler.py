@@ -98,7 +98,7 @@ def _adjust(logits: torch.Tensor, row: SamplingRow) -> None:
     """Apply penalties, bias and prohibitions to one row `[vocab]` in place."""
     params = row.params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(list({*row.prompt_token_ids, *row.output_token_ids}))
+        seen = torch.tensor([*{*row.prompt_token_ids, *row.output_token_ids}], dtype=torch.int64)
         values = logits[seen]
         penalty = params.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
