@@ -1,0 +1,221 @@
+"""An index of a safetensors directory by decoder layer; tensors are read through mmap when asked.
+
+Called by the worker's weight store, which takes exactly the layers of its span and takes dropped
+layers again when they come back. Opening reads headers only and compares every tensor's name and
+shape with the `ModelConfig`, so that a wrong checkpoint is refused before any memory is planned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from services.worker.model.config import ModelConfig
+from shared.errors import ConfigError
+from shared.models.errors import ModelSourceError
+from shared.models.source import INDEX_FILE, SINGLE_FILE, check_directory, read_json_object
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class _TensorHeader(Protocol):
+    """One tensor of an open safetensors file, not read yet."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+
+class _SafetensorsFile(Protocol):
+    """The typed part of `safe_open` that is used here."""
+
+    def keys(self) -> list[str]: ...
+
+    def get_slice(self, name: str) -> _TensorHeader: ...
+
+    def get_tensor(self, name: str) -> torch.Tensor: ...
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint is incomplete, damaged or of another shape; names the tensor and the file."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the header of `file` says about one tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def nbytes_as(self, dtype: torch.dtype) -> int:
+        return math.prod(self.shape) * dtype.itemsize
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of one decoder layer by its short name, e.g. `mlp.up_proj.weight`."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": (q, hidden, config.qkv_bias),
+        "self_attn.k_proj": (kv, hidden, config.qkv_bias),
+        "self_attn.v_proj": (kv, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, q, config.o_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    for name, (rows, columns, has_bias) in linears.items():
+        shapes[f"{name}.weight"] = (rows, columns)
+        if has_bias:
+            shapes[f"{name}.bias"] = (rows,)
+    if config.qk_norm:
+        shapes["self_attn.q_norm.weight"] = (config.head_dim,)
+        shapes["self_attn.k_norm.weight"] = (config.head_dim,)
+    return shapes
+
+
+class Checkpoint:
+    """The tensors of one model on disk. Build it with `open`; the files must stay as they are.
+
+    Tensors come as stored, as views of the mapped file that must not be written to, unless a
+    `dtype` asks for a conversion.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: Mapping[str, StoredTensor],
+        files: Mapping[Path, _SafetensorsFile],
+    ) -> None:
+        self.config = config
+        self._index = index
+        self._files = files
+        self._layer_names = tuple(layer_shapes(config))
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Opens the model directory `path` and checks it against its own config.json.
+
+        Raises `CheckpointError` for the weights and `ConfigError` for the config.
+        """
+        config = ModelConfig.from_directory(path)
+        files = {file: _open_file(file) for file in _weight_files(path)}
+        expected = dict(_expected_shapes(config))
+        index: dict[str, StoredTensor] = {}
+        for file, handle in files.items():
+            index.update(_read_header(file, handle, expected))
+        _check_shapes(index, expected, path)
+        return cls(config, index, files)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor with this full name, in `dtype` or as stored."""
+        stored = self._index[name]
+        try:
+            tensor = self._files[stored.file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read tensor {name} of {stored.file}: {error}") from error
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def layer(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """All tensors of one decoder layer by their short names (see `layer_shapes`)."""
+        return {
+            short: self.tensor(_layer_tensor(layer, short), dtype) for short in self._layer_names
+        }
+
+    def embedding(self, dtype: torch.dtype | None = None) -> torch.Tensor:  # [vocab, hidden]
+        return self.tensor(EMBEDDING, dtype)
+
+    def final_norm(self, dtype: torch.dtype | None = None) -> torch.Tensor:  # [hidden]
+        return self.tensor(FINAL_NORM, dtype)
+
+    def lm_head(self, dtype: torch.dtype | None = None) -> torch.Tensor:  # [vocab, hidden]
+        """The output matrix; the embedding where the two are tied."""
+        return self.tensor(EMBEDDING if self.config.tie_word_embeddings else LM_HEAD, dtype)
+
+    def nbytes_of_layer(self, layer: int, dtype: torch.dtype | None = None) -> int:
+        """Bytes of all tensors of one decoder layer, in `dtype` or as stored."""
+        stored = (self._index[_layer_tensor(layer, short)] for short in self._layer_names)
+        return sum(tensor.nbytes_as(dtype or tensor.dtype) for tensor in stored)
+
+
+def _layer_tensor(layer: int, short_name: str) -> str:
+    return f"model.layers.{layer}.{short_name}"
+
+
+def _weight_files(path: Path) -> list[Path]:
+    try:
+        check_directory(path)
+        if (path / SINGLE_FILE).is_file():
+            return [path / SINGLE_FILE]
+        weight_map = read_json_object(path / INDEX_FILE)["weight_map"]
+    except ModelSourceError as error:
+        raise CheckpointError(str(error)) from error
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    return [path / name for name in sorted({str(name) for name in names})]
+
+
+def _open_file(file: Path) -> _SafetensorsFile:
+    try:
+        handle: _SafetensorsFile = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is truncated or is not a safetensors file ({error}); get it again"
+        ) from error
+    return handle
+
+
+def _read_header(
+    file: Path, handle: _SafetensorsFile, expected: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, StoredTensor]]:
+    for name in expected.keys() & set(handle.keys()):
+        entry = handle.get_slice(name)
+        dtype = _DTYPES.get(entry.get_dtype())
+        if dtype is None:
+            raise CheckpointError(
+                f"tensor {name} of {file} has type {entry.get_dtype()}; supported are"
+                f" {', '.join(_DTYPES)}"
+            )
+        yield name, StoredTensor(file, tuple(entry.get_shape()), dtype)
+
+
+def _check_shapes(
+    index: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    for name, shape in expected.items():
+        stored = index.get(name)
+        if stored is None:
+            raise CheckpointError(
+                f"{path} has no tensor {name}, which its config.json calls for; copy the complete"
+                " model"
+            )
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"tensor {name} of {stored.file} has shape {list(stored.shape)}, but config.json"
+                f" calls for {list(shape)}; config and weights are of different models"
+            )
+
+
+def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    matrix = (config.vocab_size, config.hidden_size)
+    yield EMBEDDING, matrix
+    for layer in range(config.num_layers):
+        for short, shape in layer_shapes(config).items():
+            yield _layer_tensor(layer, short), shape
+    yield FINAL_NORM, (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        yield LM_HEAD, matrix
