@@ -17,6 +17,7 @@ import aiohttp
 from shared.errors import KunserveError
 
 _POLL_SECONDS = 0.05
+_KILL_SECONDS = 30.0  # a killed process ends when its last system call does
 
 
 class ServerError(KunserveError):
@@ -155,6 +156,9 @@ class ManagedProcess:
             if is_alive(member):
                 os.kill(member.pid, signal.SIGKILL)
         await self._process.wait()
+        async with asyncio.timeout(_KILL_SECONDS):
+            while any(map(is_alive, family)):  # noqa: ASYNC110 - these are not our own children
+                await asyncio.sleep(_POLL_SECONDS)
 
     async def wait_ready(self, url: str, *, timeout_seconds: float) -> float:
         """Poll `url` until it answers 200; returns the seconds waited.
