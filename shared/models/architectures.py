@@ -137,8 +137,9 @@ class GgufModel:
 
     def tensor_mappings(self) -> list[TensorMapping]:
         """The tensors to write, layer by layer; every tensor of the file is accounted for."""
-        mappings = list(self._mappings())
-        for mapping in mappings:
+        mappings: list[TensorMapping] = []
+        for mapping in self._mappings():
+            mappings.append(mapping)
             found = _tensor(self.file, mapping.gguf_name).shape
             if found != mapping.shape:
                 raise ModelSourceError(
@@ -166,6 +167,13 @@ class GgufModel:
             raise ModelSourceError(
                 f"{path}: rotary size {rotary} and value size {value_length} differ from the head"
                 f" size {self.head_dim}; such models are not supported"
+            )
+
+        num_tokens = len(self.file.required_list("tokenizer.ggml.tokens", str))
+        if num_tokens > self.vocab_size:
+            raise ModelSourceError(
+                f"{path} is corrupt: {num_tokens} tokens but {self.vocab_size} rows in its"
+                " embedding; get the file again"
             )
 
     def _mappings(self) -> Iterator[TensorMapping]:
