@@ -1,0 +1,143 @@
+"""The one thread that touches the device, and the way to it from the event loop.
+
+    event loop                                engine thread
+    ----------                                -------------
+    submit(command)  --- SimpleQueue --->     apply commands, step while there is work
+    on_report(...)   <-- call_soon_threadsafe ---  StepReport after each step
+
+The event loop never calls torch; the thread never awaits. Commands are applied between batches, so a
+cancelled request holds its KV for one step at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from services.worker.core import EngineCore, StepReport
+from services.worker.engine.request import Request
+from shared.messages import TokenItem
+
+#: How long an idle thread sleeps before it looks at its stop flag.
+_IDLE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Queue a request."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Drop a request."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take no new requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Leave the thread; unfinished requests are abandoned."""
+
+
+Command = Add | Cancel | Drain | Stop
+
+
+class EngineThread:
+    """Runs an EngineCore. Built, started once, stopped once."""
+
+    def __init__(
+        self,
+        build: Callable[[], EngineCore],
+        loop: asyncio.AbstractEventLoop,
+        on_report: Callable[[StepReport], None],
+    ) -> None:
+        """Prepare the thread.
+
+        Args:
+            build: makes the core, inside the thread (it loads the model).
+            on_report: called on `loop` after every step and every batch of commands.
+        """
+        self._build = build
+        self._loop = loop
+        self._on_report = on_report
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._ready: Future[None] = Future()
+        self._finished: Future[None] = Future()
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    def start(self) -> asyncio.Future[None]:
+        """Start the thread; the future is done when the model is loaded, or has its error."""
+        self._thread.start()
+        return asyncio.wrap_future(self._ready, loop=self._loop)
+
+    @property
+    def finished(self) -> asyncio.Future[None]:
+        """Done when the thread has ended; carries the fault that ended it, if any."""
+        return asyncio.wrap_future(self._finished, loop=self._loop)
+
+    def submit(self, command: Command) -> None:
+        """Hand over a command; applied before the next batch, in order."""
+        self._commands.put(command)
+
+    def _main(self) -> None:
+        try:
+            core = self._build()
+        except BaseException as error:  # handed to whoever waits for the model
+            self._ready.set_exception(error)
+            self._finished.set_result(None)
+            return
+        self._ready.set_result(None)
+        try:
+            self._run(core)
+        except BaseException as error:  # handed to the service, which ends the process
+            self._finished.set_exception(error)
+        else:
+            self._finished.set_result(None)
+
+    def _run(self, core: EngineCore) -> None:
+        self._report(StepReport(0, (), core.load()))
+        while True:
+            commands = self._take_commands(wait=not core.has_work)
+            if any(isinstance(command, Stop) for command in commands):
+                return
+            items = [item for command in commands for item in _apply(core, command)]
+            report = core.step(time.monotonic())
+            if commands or items or report.items or report.step:
+                self._report(StepReport(report.step, (*items, *report.items), report.load))
+
+    def _take_commands(self, *, wait: bool) -> list[Command]:
+        commands: list[Command] = []
+        try:
+            if wait:
+                commands.append(self._commands.get(timeout=_IDLE_SECONDS))
+            while True:
+                commands.append(self._commands.get_nowait())
+        except queue.Empty:
+            return commands
+
+    def _report(self, report: StepReport) -> None:
+        self._loop.call_soon_threadsafe(self._on_report, report)
+
+
+def _apply(core: EngineCore, command: Command) -> list[TokenItem]:
+    match command:
+        case Add(request):
+            return core.add(request)
+        case Cancel(request_id, attempt):
+            core.cancel(request_id, attempt)
+        case Drain():
+            core.drain()
+    return []

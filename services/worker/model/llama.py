@@ -1,0 +1,72 @@
+"""The decoder layer of the Llama family (Llama, Mistral, Qwen2, Qwen3), fused and packed.
+
+    arena:  norms | qkv = [q; k; v] rows | o | gate_up = [gate; up] rows | down | biases
+
+One call of `llama_layer` in `services/worker/kernels` computes it. The Hugging Face layer of the
+same configuration is its oracle in `tests/unit/model/test_stage.py`.
+"""
+
+from __future__ import annotations
+
+from services.worker.kernels.cpu import LayerGeometry, LlamaLayerWeights
+from services.worker.model.arena import ArenaLayout, PartSpec
+from services.worker.model.config import ModelConfig
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_O = ("self_attn.o_proj",)
+_DOWN = ("mlp.down_proj",)
+
+
+def layer_parts(config: ModelConfig) -> list[PartSpec]:
+    """The tensors of one layer's arena; sources are the checkpoint's short names."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads = config.num_heads * config.head_dim
+    qkv_rows = heads + 2 * config.num_kv_heads * config.head_dim
+    parts = [
+        PartSpec("input_norm", (hidden,), ("input_layernorm.weight",)),
+        PartSpec("post_attention_norm", (hidden,), ("post_attention_layernorm.weight",)),
+        _matrix("qkv_proj", (qkv_rows, hidden), _QKV),
+        _matrix("o_proj", (hidden, heads), _O),
+        _matrix("gate_up_proj", (2 * inner, hidden), _GATE_UP),
+        _matrix("down_proj", (hidden, inner), _DOWN),
+    ]
+    if config.qkv_bias:
+        parts.append(_bias("qkv_bias", qkv_rows, _QKV))
+    if config.o_bias:
+        parts.append(_bias("o_bias", hidden, _O))
+    if config.mlp_bias:
+        parts.append(_bias("gate_up_bias", 2 * inner, _GATE_UP))
+        parts.append(_bias("down_bias", hidden, _DOWN))
+    if config.qk_norm:
+        parts.append(PartSpec("q_norm", (config.head_dim,), ("self_attn.q_norm.weight",)))
+        parts.append(PartSpec("k_norm", (config.head_dim,), ("self_attn.k_norm.weight",)))
+    return parts
+
+
+def _matrix(name: str, shape: tuple[int, int], modules: tuple[str, ...]) -> PartSpec:
+    return PartSpec(name, shape, tuple(f"{module}.weight" for module in modules))
+
+
+def _bias(name: str, rows: int, modules: tuple[str, ...]) -> PartSpec:
+    return PartSpec(name, (rows,), tuple(f"{module}.bias" for module in modules))
+
+
+def layer_weights(layout: ArenaLayout, base_address: int) -> LlamaLayerWeights:
+    """Addresses of the layer's tensors in an arena at `base_address`; absent ones are null."""
+    names = [name for name, _ in LlamaLayerWeights._fields_]
+    return LlamaLayerWeights(**{name: layout.address(base_address, name) for name in names})
+
+
+def layer_geometry(config: ModelConfig, layer: int) -> LayerGeometry:
+    """Dimensions of decoder layer `layer` for the kernels."""
+    return LayerGeometry(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        sliding_window=config.window_of_layer(layer) or 0,
+        rms_norm_eps=config.rms_norm_eps,
+        scale=config.head_dim**-0.5,
+    )
