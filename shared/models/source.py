@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -58,7 +59,7 @@ def find_source(spec: str) -> ModelSource:
     """Resolves `builtin:NAME`, a directory or a `.gguf` file; raises `ModelSourceError`."""
     if spec.startswith(BUILTIN_PREFIX):
         return _find_builtin(spec)
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))  # unlike Path.expanduser, leaves an unknown ~user alone
     try:
         if path.is_dir():
             return ModelSource(SourceKind.DIRECTORY, path, str(path.resolve()))

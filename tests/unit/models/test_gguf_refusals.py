@@ -131,6 +131,7 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
 
 def test_missing_file_and_wrong_kind_of_file(tmp_path: Path) -> None:
     assert "no model at" in refuse(tmp_path / "nothing.gguf", tmp_path / "cache")
+    assert "no model at" in refuse(Path("~nobody-of-this-name/x.gguf"), tmp_path / "cache")
     (tmp_path / "model.bin").write_bytes(b"x")
     assert "neither a directory nor" in refuse(tmp_path / "model.bin", tmp_path / "cache")
 
