@@ -1,0 +1,61 @@
+"""Limits of the scheduler: fixed when the engine starts, checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from shared.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """What the scheduler may do (vLLM's names where the thing is the same).
+
+    Attributes:
+        max_num_batched_tokens: tokens one batch computes at most.
+        max_num_seqs: running requests at most; no more than `max_num_batched_tokens`, so that
+            requests that decode never keep a running prefill from its next token.
+        max_model_len: prompt plus output tokens of a request at most; the KV pool must hold one
+            such request, so that whatever is accepted can finish.
+        max_num_waiting_requests, max_num_waiting_tokens: bounds of the waiting queue. Preempted
+            requests were accepted before and do not count.
+        watermark: share of the pool that must stay free when a request is admitted, so that running
+            requests have room to grow.
+        recovery_watermark: the same for the return of a preempted request, where it is larger, so
+            that it is not preempted again at once.
+    """
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    max_num_waiting_requests: int = 2048
+    max_num_waiting_tokens: int = 1 << 20
+    watermark: float = 0.05
+    recovery_watermark: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for limits under which requests could not make progress."""
+        if self.max_num_seqs < 1 or self.max_model_len < 2:
+            raise ConfigError(
+                f"max_num_seqs ({self.max_num_seqs}) must be at least 1 and max_model_len"
+                f" ({self.max_model_len}) at least 2"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must not be less than"
+                f" max_num_seqs ({self.max_num_seqs})"
+            )
+        if not (0.0 <= self.watermark < 1.0 and 0.0 <= self.recovery_watermark < 1.0):
+            raise ConfigError(
+                f"watermark ({self.watermark}) and recovery_watermark"
+                f" ({self.recovery_watermark}) must be in [0, 1)"
+            )
+
+    def watermark_blocks(self, num_blocks: int) -> int:
+        """Blocks to leave free when a new request is admitted."""
+        return math.ceil(self.watermark * num_blocks)
+
+    def recovery_watermark_blocks(self, num_blocks: int) -> int:
+        """Blocks to leave free when a preempted request resumes."""
+        return math.ceil(max(self.watermark, self.recovery_watermark) * num_blocks)

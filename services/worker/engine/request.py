@@ -1,0 +1,160 @@
+"""One request inside the engine: its tokens, its blocks, how far it is computed, its life.
+
+Made by the worker's service from a `GenerateRequest`, moved through its life by the scheduler, read
+by the model runner. Everything else about a request is derived from these fields, so that nothing
+goes stale when it is preempted or replayed.
+
+                 prompt_token_ids                 output_token_ids
+    tokens  | p0 p1 p2 ...              pn | o0 o1 ...  om |
+            [0 ......... num_computed_tokens) [.. num_tokens)
+              in the KV cache                   still to compute; the last one is sampled from
+
+    block_table   [ b0 | b1 | b2 | ... ]    token i lies in block_table[i // block_size]
+
+Invariant: `0 <= num_computed_tokens <= num_tokens`, and the blocks cover the computed tokens. A
+running request that waits for nothing but its next token has `num_computed_tokens + 1 ==
+num_tokens`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple
+
+from shared.errors import KunserveError
+from shared.sampling import SamplingParams
+
+
+class IllegalTransitionError(KunserveError):
+    """A request was sent from one state to another that the life cycle does not know."""
+
+
+class RequestStatus(Enum):
+    """Life of a request; `TRANSITIONS` says what may follow what."""
+
+    WAITING = auto()  # accepted, has no KV
+    RUNNING = auto()  # has a seat and its KV; in a batch or ready for the next
+    PREEMPTED = auto()  # gave its KV away; recomputes from its tokens when it resumes
+    CANCELLING = auto()  # cancelled while a batch in flight still writes its blocks
+    FINISHED_STOPPED = auto()
+    FINISHED_LENGTH = auto()
+    FINISHED_ABORTED = auto()
+    FINISHED_ERROR = auto()
+
+    @property
+    def is_finished(self) -> bool:
+        """True in the states that nothing leaves."""
+        return not TRANSITIONS[self]
+
+
+TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
+    RequestStatus.WAITING: frozenset({RequestStatus.RUNNING, RequestStatus.FINISHED_ABORTED}),
+    RequestStatus.RUNNING: frozenset(
+        {
+            RequestStatus.PREEMPTED,
+            RequestStatus.CANCELLING,
+            RequestStatus.FINISHED_STOPPED,
+            RequestStatus.FINISHED_LENGTH,
+            RequestStatus.FINISHED_ABORTED,
+            RequestStatus.FINISHED_ERROR,
+        }
+    ),
+    RequestStatus.PREEMPTED: frozenset({RequestStatus.RUNNING, RequestStatus.FINISHED_ABORTED}),
+    RequestStatus.CANCELLING: frozenset({RequestStatus.FINISHED_ABORTED}),
+    RequestStatus.FINISHED_STOPPED: frozenset(),
+    RequestStatus.FINISHED_LENGTH: frozenset(),
+    RequestStatus.FINISHED_ABORTED: frozenset(),
+    RequestStatus.FINISHED_ERROR: frozenset(),
+}
+
+
+class RequestKey(NamedTuple):
+    """Identifies a request on this worker: a replay of the same request is another attempt."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request and all of its state; compared by identity.
+
+    Attributes:
+        output_token_ids: generated tokens; a replay starts with those the client already has.
+        arrival_seconds: when the worker got it, on the clock that `Scheduler.schedule` is given.
+        block_table: block ids in token order; only ever appended to while the request runs.
+        num_computed_tokens: leading tokens whose KV is in the cache. Advances when a batch returns.
+        num_scheduled_tokens: tokens of it in the batch now in flight; 0 when it is in none.
+        num_preemptions: how often it had to give its KV away.
+        first_scheduled_seconds: when it first entered a batch.
+    """
+
+    request_id: str
+    router_id: str
+    attempt: int
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    arrival_seconds: float
+    eos_token_ids: frozenset[int] = frozenset()
+    output_token_ids: list[int] = field(default_factory=list)
+    status: RequestStatus = RequestStatus.WAITING
+    block_table: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_scheduled_tokens: int = 0
+    num_preemptions: int = 0
+    first_scheduled_seconds: float | None = None
+
+    @property
+    def key(self) -> RequestKey:
+        """What the scheduler knows it by."""
+        return RequestKey(self.request_id, self.attempt)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far, replayed ones included."""
+        return len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens together."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens the KV cache does not hold yet; 1 for a request that decodes."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_in_flight(self) -> bool:
+        """True while a batch that contains it has been scheduled and has not returned."""
+        return self.num_scheduled_tokens > 0
+
+    @property
+    def queued_seconds(self) -> float | None:
+        """How long it waited for KV and a seat; None before its first batch."""
+        if self.first_scheduled_seconds is None:
+            return None
+        return self.first_scheduled_seconds - self.arrival_seconds
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Tokens `[start, end)` of prompt and output as one sequence."""
+        split = len(self.prompt_token_ids)
+        if start >= split:
+            return self.output_token_ids[start - split : end - split]
+        if end <= split:
+            return self.prompt_token_ids[start:end]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: end - split]
+
+    def transition(self, status: RequestStatus) -> None:
+        """Enter `status`; raises IllegalTransitionError where the table does not allow it."""
+        if status not in TRANSITIONS[self.status]:
+            raise IllegalTransitionError(
+                f"request {self.request_id} cannot go from {self.status.name} to {status.name}"
+            )
+        self.status = status

@@ -1,0 +1,230 @@
+"""Continuous batching: which tokens of which requests the next batch computes.
+
+One principle, vLLM's: a request has `num_tokens` and `num_computed_tokens`, and every batch lets
+the latter catch up. Prefill in chunks, decode, resuming after a preemption and replaying another
+worker's request are all the same thing.
+
+      add                      schedule                          update_from_output
+    ------> waiting --admit--> running --batch--> in flight --tokens--> running ... finished
+               (whole prompt fits)  |  ^
+                            preempt v  | resume, before anybody who waits
+                                 preempted
+
+How a batch is filled, who is admitted and who must give way is told in `batch_builder.py`.
+
+Several batches may be in flight (one per pipeline stage); a request is in at most one of them.
+`num_computed_tokens` advances when the batch returns, not when it is scheduled: then it always says
+what the KV cache holds, and a batch that failed leaves nothing to roll back. Blocks of a request in
+flight are freed when its batch returns, never earlier, because the batch still writes to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum, auto
+
+from services.worker.engine.batch_builder import BatchBuilder
+from services.worker.engine.block_manager import BlockManager
+from services.worker.engine.config import SchedulerConfig
+from services.worker.engine.intake import IntakeState, check_request
+from services.worker.engine.outputs import (
+    AddResult,
+    ScheduledRequest,
+    SchedulerLoad,
+    SchedulerOutput,
+    StepResult,
+)
+from services.worker.engine.request import Request, RequestKey, RequestStatus
+from services.worker.engine.request_pool import RequestPool
+from services.worker.engine.stopping import finish_reason
+from shared.errors import ConfigError
+from shared.messages import FinishReason, GenerateStatus
+
+
+class PauseState(Enum):
+    """How much `schedule` may do; any state may follow any other."""
+
+    RUNNING = auto()
+    NO_NEW = auto()  # running and preempted requests go on, waiting ones stay
+    STOPPED = auto()  # no batch is made; requests in flight still return
+
+
+class Scheduler:
+    """Owns every request of an engine from `add` to its end, and the blocks they hold.
+
+    Not thread-safe: the engine thread calls it. See the module's text for the policy.
+    """
+
+    def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
+        if block_manager.blocks_for(config.max_model_len) > block_manager.num_blocks:
+            raise ConfigError(
+                f"the KV cache holds {block_manager.num_blocks * block_manager.block_size} tokens,"
+                f" too few for one request of max_model_len {config.max_model_len}"
+            )
+        self._config = config
+        self._pool = RequestPool(block_manager)
+        self._in_flight: dict[int, SchedulerOutput] = {}
+        self._step = 0
+        self._pause_state = PauseState.RUNNING
+        self._intake_state = IntakeState.OPEN
+
+    # --- what is there ---------------------------------------------------------------------------
+
+    @property
+    def requests(self) -> Mapping[RequestKey, Request]:
+        """All unfinished requests; empty when the engine has nothing to do."""
+        return self._pool.requests
+
+    @property
+    def num_batches_in_flight(self) -> int:
+        """Batches scheduled and not returned; 0 at a batch boundary."""
+        return len(self._in_flight)
+
+    @property
+    def pause_state(self) -> PauseState:
+        """How much `schedule` may do."""
+        return self._pause_state
+
+    @property
+    def intake_state(self) -> IntakeState:
+        """Whether `add` takes requests."""
+        return self._intake_state
+
+    def load(self) -> SchedulerLoad:
+        """The figures that a LoadReport carries; `requests_waiting` includes the preempted."""
+        pool = self._pool
+        return SchedulerLoad(
+            kv_blocks_total=pool.blocks.num_blocks,
+            kv_blocks_used=pool.blocks.num_used_blocks,
+            requests_running=len(pool.running),
+            requests_waiting=len(pool.waiting) + len(pool.preempted),
+            waiting_blocks=pool.queued_blocks,
+            num_preemptions=pool.num_preemptions,
+            engine_steps=self._step,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise BlockIntegrityError unless every block is free or has exactly one owner."""
+        self._pool.check_integrity()
+
+    # --- requests in and out ---------------------------------------------------------------------
+
+    def add(self, request: Request) -> AddResult:
+        """Queue a new request, or say why not.
+
+        A request that is already here (same id and attempt) is ACCEPTED again and nothing happens.
+        A replay that has already reached its end is INVALID: there is nothing to generate.
+        """
+        if request.key in self._pool.requests:
+            return AddResult(GenerateStatus.ACCEPTED)
+        result = check_request(request, self._intake_state, self._config, self._pool.waiting)
+        if result.status is GenerateStatus.ACCEPTED:
+            self._pool.add(request)
+        return result
+
+    def cancel(self, request_id: str, attempt: int) -> bool:
+        """End a request that nobody wants any more; no StepResult will mention it again.
+
+        Its blocks are free on return, or, while a batch in flight contains it, as soon as that
+        batch returns. Returns False for a request that is not here.
+        """
+        request = self._pool.requests.get(RequestKey(request_id, attempt))
+        if request is None:
+            return False
+        if not request.is_in_flight:
+            self._pool.finish(request, FinishReason.ABORT)
+        elif request.status is RequestStatus.RUNNING:
+            request.transition(RequestStatus.CANCELLING)
+        return True
+
+    def pause(self, state: PauseState) -> None:
+        """Restrict `schedule` from now on. With STOPPED, wait until no batch is in flight."""
+        self._pause_state = state
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; those accepted are finished."""
+        self._intake_state = IntakeState.DRAINING
+
+    # --- a step ----------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> SchedulerOutput:
+        """Make the next batch; empty if there is nothing to do or everything is in flight.
+
+        Args:
+            now: seconds on the clock of `Request.arrival_seconds`.
+        """
+        if self._pause_state is PauseState.STOPPED:
+            return SchedulerOutput(0, ())
+        builder = BatchBuilder(self._config, self._pool)
+        builder.build(now, admits_new=self._pause_state is PauseState.RUNNING)
+        if not builder.scheduled:
+            return SchedulerOutput(0, ())
+        self._step += 1
+        output = SchedulerOutput(self._step, tuple(builder.scheduled), tuple(builder.preempted))
+        self._in_flight[self._step] = output
+        return output
+
+    # --- a batch returns -------------------------------------------------------------------------
+
+    def update_from_output(
+        self, output: SchedulerOutput, sampled_token_ids: Sequence[int]
+    ) -> list[StepResult]:
+        """Take in the result of a batch; batches may return in any order.
+
+        Args:
+            sampled_token_ids: one token for each of `output.sampled_requests`, in that order.
+
+        Returns:
+            One result per request that got a token and was not cancelled meanwhile, in the
+            batch's order.
+        """
+        if len(sampled_token_ids) != len(output.sampled_requests):
+            raise ValueError(
+                f"{len(sampled_token_ids)} tokens for {len(output.sampled_requests)} requests"
+            )
+        tokens = iter(sampled_token_ids)
+        results = []
+        for item in self._returned(output):
+            request = item.request
+            token_id = next(tokens) if item.wants_token else None
+            if request.status is RequestStatus.CANCELLING:
+                self._pool.finish(request, FinishReason.ABORT)
+                continue
+            request.num_computed_tokens += item.num_scheduled_tokens
+            if token_id is not None:
+                results.append(self._append_token(request, token_id))
+        return results
+
+    def fail_batch(self, output: SchedulerOutput, error: str) -> list[StepResult]:
+        """End every request of a batch that could not be computed; the engine goes on.
+
+        Args:
+            error: a sentence for the clients.
+        """
+        results = []
+        for item in self._returned(output):
+            request = item.request
+            if request.status is RequestStatus.CANCELLING:
+                self._pool.finish(request, FinishReason.ABORT)
+                continue
+            self._pool.finish(request, FinishReason.ERROR)
+            results.append(
+                StepResult(request, request.num_output_tokens, (), FinishReason.ERROR, error=error)
+            )
+        return results
+
+    def _returned(self, output: SchedulerOutput) -> tuple[ScheduledRequest, ...]:
+        if self._in_flight.pop(output.step, None) is not output:
+            raise ValueError(f"batch {output.step} is not in flight")
+        for item in output.scheduled:
+            item.request.num_scheduled_tokens = 0
+        return output.scheduled
+
+    def _append_token(self, request: Request, token_id: int) -> StepResult:
+        index = request.num_output_tokens
+        request.output_token_ids.append(token_id)
+        reason = finish_reason(request, self._config.max_model_len)
+        if reason is not None:
+            self._pool.finish(request, reason)
+        stop_token_id = token_id if reason is FinishReason.STOP else None
+        return StepResult(request, index, (token_id,), reason, stop_token_id)
