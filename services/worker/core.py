@@ -10,7 +10,6 @@ A batch that fails (out of memory, a fault in a kernel) fails its requests and n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -34,15 +33,6 @@ class Model(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What one step brought, and the load after it. `items` may be empty."""
-
-    step: int
-    items: tuple[TokenItem, ...]
-    load: SchedulerLoad
-
-
 class EngineCore:
     """Scheduler and model of one worker. Not thread-safe."""
 
@@ -53,7 +43,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_unfinished_requests
+        return bool(self._scheduler.requests)
 
     def load(self) -> SchedulerLoad:
         return self._scheduler.load()
@@ -77,15 +67,15 @@ class EngineCore:
         """Raise unless every KV block is free or has exactly one owner."""
         self._scheduler.check_integrity()
 
-    def step(self, now: float) -> StepReport:
-        """Compute one batch."""
+    def step(self, now: float) -> list[TokenItem]:
+        """Compute one batch, if there is one to compute."""
         output = self._scheduler.schedule(now)
         if not output.scheduled:
-            return StepReport(output.step, (), self.load())
+            return []
         items = self._compute(output)
-        if not self._scheduler.has_unfinished_requests:
+        if not self.has_work:
             self._scheduler.check_integrity()
-        return StepReport(output.step, tuple(items), self.load())
+        return items
 
     def _compute(self, output: SchedulerOutput) -> list[TokenItem]:
         sampled_requests = output.sampled_requests

@@ -3,10 +3,10 @@
     event loop                                engine thread
     ----------                                -------------
     submit(command)  --- SimpleQueue --->     apply commands, step while there is work
-    on_report(...)   <-- call_soon_threadsafe ---  StepReport after each step
+    on_report(...)   <-- call_soon_threadsafe ---  EngineReport after each step
 
-The event loop never calls torch; the thread never awaits. Commands are applied between batches, so a
-cancelled request holds its KV for one step at most.
+The event loop never calls torch; the thread never awaits. Commands are applied between batches, so
+a cancelled request holds its KV for one step at most.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from services.worker.core import EngineCore, StepReport
+from services.worker.core import EngineCore
+from services.worker.engine.outputs import SchedulerLoad
 from services.worker.engine.request import Request
 from shared.messages import TokenItem
 
@@ -55,6 +56,21 @@ class Stop:
 Command = Add | Cancel | Drain | Stop
 
 
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """What one round of the thread brought.
+
+    Attributes:
+        items: new tokens and ends of requests; may be empty.
+        load: the engine's load after the round.
+        num_added: how many `Add` commands that load includes, counted from the start.
+    """
+
+    items: tuple[TokenItem, ...]
+    load: SchedulerLoad
+    num_added: int
+
+
 class EngineThread:
     """Runs an EngineCore. Built, started once, stopped once."""
 
@@ -62,7 +78,7 @@ class EngineThread:
         self,
         build: Callable[[], EngineCore],
         loop: asyncio.AbstractEventLoop,
-        on_report: Callable[[StepReport], None],
+        on_report: Callable[[EngineReport], None],
     ) -> None:
         """Prepare the thread.
 
@@ -108,15 +124,17 @@ class EngineThread:
             self._finished.set_result(None)
 
     def _run(self, core: EngineCore) -> None:
-        self._report(StepReport(0, (), core.load()))
+        num_added = 0
+        self._report(EngineReport((), core.load(), num_added))
         while True:
             commands = self._take_commands(wait=not core.has_work)
             if any(isinstance(command, Stop) for command in commands):
                 return
+            num_added += sum(isinstance(command, Add) for command in commands)
             items = [item for command in commands for item in _apply(core, command)]
-            report = core.step(time.monotonic())
-            if commands or items or report.items or report.step:
-                self._report(StepReport(report.step, (*items, *report.items), report.load))
+            items += core.step(time.monotonic())
+            if commands or items:
+                self._report(EngineReport(tuple(items), core.load(), num_added))
 
     def _take_commands(self, *, wait: bool) -> list[Command]:
         commands: list[Command] = []
@@ -128,7 +146,7 @@ class EngineThread:
         except queue.Empty:
             return commands
 
-    def _report(self, report: StepReport) -> None:
+    def _report(self, report: EngineReport) -> None:
         self._loop.call_soon_threadsafe(self._on_report, report)
 
 

@@ -47,12 +47,12 @@ class StreamTable:
     def record(self, items: Iterable[TokenItem], now: float) -> dict[str, list[TokenItem]]:
         """Remember new items and sort them by the router they go to.
 
-        Items of unknown streams or of replaced attempts are dropped.
+        Items of unknown or finished streams and of replaced attempts are dropped.
         """
         by_router: dict[str, list[TokenItem]] = {}
         for item in items:
             stream = self._streams.get(item.request_id)
-            if stream is None or stream.attempt != item.attempt:
+            if stream is None or stream.attempt != item.attempt or stream.finished_at is not None:
                 continue
             stream.items.append(item)
             if item.finish_reason is not None:
@@ -75,6 +75,11 @@ class StreamTable:
             for item in stream.items
             if item.index + len(item.token_ids) > num_received or item.finish_reason is not None
         ]
+
+    def router_of(self, request_id: str) -> str | None:
+        """Where the tokens of a request go; None if it is unknown."""
+        stream = self._streams.get(request_id)
+        return None if stream is None else stream.router_id
 
     def is_open(self, request_id: str, attempt: int) -> bool:
         """True while that attempt is accepted and not finished."""

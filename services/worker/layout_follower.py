@@ -1,0 +1,71 @@
+"""The worker's view of the plan: which group it serves in, at which epoch.
+
+Follows the plan key (a watch is the hint, a periodic read is the truth), ignores what is not newer
+than what it has, and acknowledges what it took. The absence of a plan changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
+
+from shared.bus.base import BusError, KeyValue
+from shared.layout import Plan
+from shared.messages import AckState, PlanAck
+from shared.wire import MessageError
+
+#: How often the plan is read in case the watch missed a change.
+REREAD_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class Placement:
+    """Where the worker stands in the plan it applied last; changed by `LayoutFollower` only."""
+
+    term: int = 0
+    epoch: int = 0
+    group_id: str = ""
+
+
+class LayoutFollower:
+    """Applies plans to a `Placement` and acknowledges them."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        placement: Placement,
+        acks: KeyValue,
+        on_change: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._worker_id = worker_id
+        self._placement = placement
+        self._acks = acks
+        self._on_change = on_change
+        self._log = structlog.get_logger(component="layout")
+
+    async def offer(self, payload: bytes) -> None:
+        """Take the content of the plan key; stale and foreign plans change nothing."""
+        try:
+            plan = Plan.decode(payload)
+        except MessageError as error:
+            self._log.error("the plan cannot be read", reason=str(error))
+            return
+        if plan.dry_run or plan.version <= (self._placement.term, self._placement.epoch):
+            return
+        group = plan.group_of(self._worker_id)
+        self._placement.term, self._placement.epoch = plan.version
+        self._placement.group_id = group.group_id if group else ""
+        self._log.info("plan applied", epoch=plan.epoch, group=self._placement.group_id)
+        await self._acknowledge(plan)
+        await self._on_change()
+
+    async def _acknowledge(self, plan: Plan) -> None:
+        ack = PlanAck(
+            worker_id=self._worker_id, term=plan.term, epoch=plan.epoch, state=AckState.APPLIED
+        )
+        try:
+            await self._acks.put(self._worker_id, ack.encode())
+        except BusError as error:
+            self._log.warning("acknowledgement lost", epoch=plan.epoch, reason=str(error))
