@@ -1,0 +1,151 @@
+"""The router's picture of the cluster: plan, members, load, and whom not to ask for a while.
+
+Fed by `observer.py` and `dispatcher.py`, read by dispatch, health and `GET /cluster`. Pure: time
+is an argument (seconds of one monotonic clock).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field
+
+from services.router.dispatch import DispatchLedger, GroupLoad
+from shared.layout import GroupPlan, Plan, TransitionLog
+from shared.messages import LoadReport, WorkerInfo, WorkerState
+
+#: A report older than this says nothing any more.
+FRESH_SECONDS = 1.0
+#: A worker that failed is not asked again for so long.
+INHIBIT_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedLoad:
+    """The newest load report of a worker and when it came."""
+
+    report: LoadReport
+    received_at: float
+
+
+@dataclass(slots=True)
+class _Dispatching:
+    """What this router itself knows of a worker."""
+
+    ledger: DispatchLedger = field(default_factory=DispatchLedger)
+    inhibited_until: float = 0.0
+    is_full: bool = False  # refused a request; true until its next report
+
+
+class Fleet:
+    """Plan, members and loads as last heard."""
+
+    def __init__(self, router_id: str) -> None:
+        self._router_id = router_id
+        self._dispatching: dict[str, _Dispatching] = {}
+        self.plan: Plan | None = None
+        self.transitions = TransitionLog()
+        self.workers: dict[str, WorkerInfo] = {}
+        self.loads: dict[str, ReceivedLoad] = {}
+
+    def apply_plan(self, plan: Plan) -> bool:
+        """Take a plan over unless it is stale or only shown (`dry_run`); True if it is news."""
+        if plan.dry_run or (self.plan is not None and plan.version <= self.plan.version):
+            return False
+        self.plan = plan
+        return True
+
+    def apply_worker(self, info: WorkerInfo) -> bool:
+        """Note a worker's lease; True if it is another process than the one known before."""
+        before = self.workers.get(info.worker_id)
+        self.workers[info.worker_id] = info
+        if before is not None and before.incarnation == info.incarnation:
+            return False
+        self._forget(info.worker_id)
+        return before is not None
+
+    def remove_worker(self, worker_id: str) -> bool:
+        """A worker's lease is gone; True if it was known."""
+        self._forget(worker_id)
+        return self.workers.pop(worker_id, None) is not None
+
+    def apply_load(self, report: LoadReport, now: float) -> None:
+        """Note a load report; settles the bookings that it includes."""
+        self.loads[report.worker_id] = ReceivedLoad(report, now)
+        dispatching = self._of(report.worker_id)
+        dispatching.is_full = False
+        dispatching.ledger.settle(report.received.get(self._router_id, 0))
+
+    def ledger(self, worker_id: str) -> DispatchLedger:
+        """The bookings at one worker."""
+        return self._of(worker_id).ledger
+
+    def inhibit(self, worker_id: str, now: float) -> None:
+        """Do not send to this worker for a while: it failed."""
+        self._of(worker_id).inhibited_until = now + INHIBIT_SECONDS
+
+    def mark_full(self, worker_id: str) -> None:
+        """Do not send to this worker before its next report: it refused."""
+        self._of(worker_id).is_full = True
+
+    def incarnation(self, worker_id: str) -> str:
+        """Which process serves under this id; "" where none is known."""
+        info = self.workers.get(worker_id)
+        return info.incarnation if info else ""
+
+    def load_age(self, worker_id: str, now: float) -> float:
+        """Seconds since the worker's last report; infinite where there was none."""
+        load = self.loads.get(worker_id)
+        return now - load.received_at if load else float("inf")
+
+    def serving_groups(self, now: float) -> list[GroupPlan]:
+        """Groups that would take a request if they had room: ready, heard of, not failed."""
+        groups = self.plan.groups if self.plan is not None else ()
+        return [group for group in groups if self._is_serving(group, now)]
+
+    def candidates(self, now: float, excluded: Container[str] = ()) -> list[GroupLoad]:
+        """Serving groups that did not just refuse, with their load; `excluded` are leaders."""
+        return [
+            self._group_load(group)
+            for group in self.serving_groups(now)
+            if group.leader not in excluded and not self._of(group.leader).is_full
+        ]
+
+    def longest_request(self, now: float) -> int | None:
+        """Tokens (prompt and output) that some serving group can hold; None if none serves."""
+        lengths = []
+        for group in self.serving_groups(now):
+            report = self.loads[group.leader].report
+            pool = report.kv_blocks_total * report.block_size
+            lengths.append(min(pool, self.workers[group.leader].max_model_len))
+        return max(lengths, default=None)
+
+    def _is_serving(self, group: GroupPlan, now: float) -> bool:
+        members = [self.workers.get(member.worker_id) for member in group.members]
+        if any(info is None or info.state is not WorkerState.READY for info in members):
+            return False
+        if self.load_age(group.leader, now) > FRESH_SECONDS:
+            return False
+        return (
+            not self.loads[group.leader].report.draining
+            and self._of(group.leader).inhibited_until <= now
+        )
+
+    def _group_load(self, group: GroupPlan) -> GroupLoad:
+        report = self.loads[group.leader].report
+        return GroupLoad(
+            group_id=group.group_id,
+            leader=group.leader,
+            free_blocks=report.kv_blocks_total - report.kv_blocks_used,
+            waiting_blocks=report.waiting_blocks,
+            booked_blocks=self._of(group.leader).ledger.booked_blocks,
+        )
+
+    def _of(self, worker_id: str) -> _Dispatching:
+        return self._dispatching.setdefault(worker_id, _Dispatching())
+
+    def _forget(self, worker_id: str) -> None:
+        self.loads.pop(worker_id, None)
+        dispatching = self._of(worker_id)
+        dispatching.ledger.clear()
+        dispatching.inhibited_until = 0.0
+        dispatching.is_full = False
