@@ -16,15 +16,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.bus_connection import connect_bus
 from benchmarks.bus_links import Link, NatsLink, Order, TcpLink
 from benchmarks.command import run_command
 from benchmarks.machine import inspect_machine, measure_busy_share
 from benchmarks.metrics import Distribution, distribution
-from benchmarks.nats_process import nats_server
 from benchmarks.processes import ManagedProcess, ServerError, free_port
 from benchmarks.report import Report, Table
 from shared.bus.base import Bus, BusError
+from shared.bus.nats import connect
+from shared.embedded_nats import EmbeddedNats
 from shared.messages import TokenFrame, TokenItem
 
 _PACED_FRAMES_PER_SECOND = 500.0
@@ -172,11 +172,12 @@ async def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="kunserve-bench-") as name:
         directory = Path(name)
         port = free_port()
-        async with nats_server(directory) as (url, _):
+        async with EmbeddedNats() as nats_server:
+            url = nats_server.url
             command = [sys.executable, "-m", "benchmarks.bus_peer", "--nats", url]
             command += ["--tcp-port", str(port)]
             async with ManagedProcess(command, log_path=directory / "peer.log"):
-                bus = await connect_bus(url, "bench")
+                bus = await connect(url, service="bench", instance="router")
                 nats, tcp = NatsLink(bus), TcpLink(port)
                 try:
                     await wait_for_peer(nats)

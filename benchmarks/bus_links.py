@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Literal, Protocol
 
+from benchmarks.processes import ServerError
 from shared.bus.base import Bus, BusMessage
 from shared.wire import Message
 
@@ -49,7 +50,7 @@ class Link(Protocol):
     async def flood(self, order: Order, on_frame: FrameHandler) -> float:
         """Have the peer send frames; returns the seconds from the first to the last arrival.
 
-        Raises TimeoutError where a frame is lost.
+        Raises ServerError where a frame is lost.
         """
         ...
 
@@ -86,9 +87,11 @@ class ArrivalCounter:
             self._complete.set()
 
     async def elapsed_seconds(self) -> float:
-        """Wait for the last frame; raises TimeoutError where it does not come."""
-        async with asyncio.timeout(_DEADLINE_SECONDS):
-            await self._complete.wait()
+        """Wait for the last frame; raises ServerError where it does not come."""
+        try:
+            await asyncio.wait_for(self._complete.wait(), _DEADLINE_SECONDS)
+        except TimeoutError as error:
+            raise ServerError(f"{self._remaining} frames did not arrive") from error
         return self._last_at - self._first_at
 
 

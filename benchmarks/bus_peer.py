@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import sys
 
-from benchmarks.bus_connection import connect_bus
 from benchmarks.bus_links import (
     ECHO_SUBJECT,
     FRAME_SUBJECT,
@@ -18,6 +17,7 @@ from benchmarks.bus_links import (
 )
 from benchmarks.command import run_command
 from shared.bus.base import Bus, BusMessage
+from shared.bus.nats import connect
 
 
 class NatsPeer:
@@ -28,8 +28,9 @@ class NatsPeer:
         self._tasks = tasks
 
     async def start(self) -> None:
-        await self._bus.subscribe(ECHO_SUBJECT, self._on_echo)
+        """Subscribe; the echo last, so that who hears it can give orders."""
         await self._bus.subscribe(ORDER_SUBJECT, self._on_order)
+        await self._bus.subscribe(ECHO_SUBJECT, self._on_echo)
 
     async def _on_echo(self, message: BusMessage) -> None:
         await self._bus.publish(message.reply, message.payload)
@@ -63,7 +64,7 @@ async def serve_tcp(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
 
 
 async def run(options: argparse.Namespace) -> None:
-    bus = await connect_bus(options.nats, "bench-peer")
+    bus = await connect(options.nats, service="bench", instance="peer")
     server = await asyncio.start_server(serve_tcp, "127.0.0.1", options.tcp_port)
     try:
         async with asyncio.TaskGroup() as tasks:

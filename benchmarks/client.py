@@ -121,6 +121,17 @@ class StreamParser:
         return self.usage.get("completion_tokens", len(self.chunk_times))
 
 
+async def served_model(base_url: str) -> str:
+    """The name of the first model that a server lists."""
+    async with (
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
+        session.get(f"{base_url}/v1/models") as response,
+    ):
+        models = await response.json()
+    name: str = models["data"][0]["id"]
+    return name
+
+
 async def send_request(
     session: aiohttp.ClientSession, target: Target, index: int, planned: PlannedRequest
 ) -> RequestRecord:

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Coroutine
 
 from shared.errors import ConfigError, KunserveError
+from shared.logging import LogFormat, configure_logging
 
 
 def run_command(main: Coroutine[None, None, None]) -> int:
     """Run `main` to its end; SIGINT and SIGTERM cancel it, so that what it started is stopped."""
+    configure_logging("bench", "", LogFormat.TEXT, "warning")
     try:
         asyncio.run(_cancel_on_sigterm(main))
     except ConfigError as error:

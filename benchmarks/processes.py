@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Self
 import aiohttp
 
 from shared.errors import KunserveError
+from shared.parent_death import dies_with_parent
 
 _POLL_SECONDS = 0.05
 _KILL_SECONDS = 30.0  # a killed process ends when its last system call does
@@ -118,18 +120,17 @@ class ManagedProcess:
 
     async def __aenter__(self) -> Self:
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.which(self._command[0]) is None:
+            raise ServerError(f"cannot start {self._command[0]}: there is no such program")
         with self._log_path.open("wb") as log:
-            try:
-                self._process = await asyncio.create_subprocess_exec(
-                    *self._command,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=self._environment,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise ServerError(f"cannot start {self._command[0]}: {error}") from error
+            self._process = await asyncio.create_subprocess_exec(
+                *dies_with_parent(self._command),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,
+            )
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -3,7 +3,7 @@
     this process -- HTTP, 256 event streams --> router -- NATS --> stub workers
      (client)                                   core 0             one frame per step
 
-    python -m benchmarks.router --model DIR
+    python -m benchmarks.router
 
 Each phase holds a number of streams open, each of which gets one token per step, and meanwhile
 sends short probes. A probe's added latency is the time from its request to its first token, less
@@ -28,12 +28,13 @@ import aiohttp
 
 from benchmarks.command import run_command
 from benchmarks.machine import inspect_machine, measure_busy_share
-from benchmarks.nats_process import nats_server
+from benchmarks.model import DEFAULT_MODEL, tokenizer_directory
 from benchmarks.processes import ManagedProcess, free_port
 from benchmarks.report import Report, Table, milliseconds
 from benchmarks.router_phase import STUB_MODEL_NAME, Phase, PhaseResult, PhaseRunner, Setup
 from benchmarks.stub_worker import read_vocabulary
 from benchmarks.tokenizer import load_tokenizer
+from shared.embedded_nats import EmbeddedNats
 
 _DEPLOYMENT = "bench"
 
@@ -51,9 +52,9 @@ async def running_setup(
 ) -> AsyncIterator[Setup]:
     """Start nats-server, stub workers and the router; stop them at the end."""
     steps_per_second = options.events_per_second / options.streams
-    model_dir = str(options.model)
-    async with nats_server(directory) as (nats_url, _):
-        stub = [sys.executable, "-m", "benchmarks.stub_worker", "--nats", nats_url]
+    model_dir = tokenizer_directory(options.model)
+    async with EmbeddedNats() as nats_server:
+        stub = [sys.executable, "-m", "benchmarks.stub_worker", "--nats", nats_server.url]
         stub += [
             "--deployment",
             _DEPLOYMENT,
@@ -65,8 +66,8 @@ async def running_setup(
         stub += ["--workers", str(options.workers), "--steps-per-second", str(steps_per_second)]
         stub += ["--stats", str(directory / "stub.json")]
         port = free_port()
-        router = [sys.executable, "-m", "services.cli", "router", "--nats", nats_url]
-        router += ["--deployment", _DEPLOYMENT, "--port", str(port), "--model", model_dir]
+        router = [sys.executable, "-m", "services.cli", "router", "--nats", nats_server.url]
+        router += ["--deployment", _DEPLOYMENT, "--port", str(port), "--model", options.model]
         router += ["--served-model-name", STUB_MODEL_NAME]
         if router_core is not None:
             router = [sys.executable, "-c", _PIN, str(router_core), *router]
@@ -80,8 +81,8 @@ async def running_setup(
                 url,
                 process.pid,
                 steps_per_second,
-                load_tokenizer(options.model),
-                read_vocabulary(options.model),
+                load_tokenizer(model_dir),
+                read_vocabulary(model_dir),
             )
 
 
@@ -112,7 +113,7 @@ HEADERS = (
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.router", description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="model directory (tokenizer)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="its tokenizer is used")
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--events-per-second", type=float, default=10_000.0, help="of all streams")
     parser.add_argument("--workers", type=int, default=2, help="stub workers")

