@@ -10,7 +10,7 @@ sequence numbers in the messages, as the token path does.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,6 +59,17 @@ class KeyValueEntry:
     revision: int
 
 
+@dataclass(slots=True)
+class BusStats:
+    """What went wrong on one connection so far; read by the metrics, written by the bus."""
+
+    disconnects: int = 0
+    reconnects: int = 0
+    errors: int = 0
+    slow_consumers: int = 0
+    handler_errors: int = 0
+
+
 #: Called on the event loop for each message. It must only decode and enqueue: the next message of
 #: the subscription waits until it returns.
 MessageHandler = Callable[[BusMessage], Awaitable[None]]
@@ -102,11 +113,16 @@ class KeyValue(Protocol):
         """Return all keys that have a value now."""
         ...
 
-    def watch(self) -> AsyncIterator[KeyValueEntry]:
-        """Yield the present entries, then every change, until the iterator is closed.
+    def watch(self) -> AsyncGenerator[KeyValueEntry, None]:
+        """Yield the present entries, then every change, until the generator is closed.
 
-        A hint, not the truth: changes may be missed over a reconnect or when the server lost its
-        store, so callers also read `entries()` periodically (anti-entropy).
+        The latest value of each key arrives in the end, intermediate ones may be left out: after a
+        reconnect, when the server lost its store, and every few seconds, the watch reads the whole
+        bucket again and yields what differs from what it told before (a key that is gone has the
+        value None). Expiry of a lease shows up that way, so a watch notices it seconds late;
+        callers that care read `entries()`.
+
+        Use it inside `contextlib.aclosing`, so that leaving the loop ends the subscription.
         """
         ...
 
@@ -124,10 +140,16 @@ class Bus(Protocol):
         """Largest message the server takes."""
         ...
 
+    @property
+    def stats(self) -> BusStats:
+        """Counters of faults on this connection."""
+        ...
+
     async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> None:
         """Send and forget. While disconnected the client buffers up to a limit, then raises
         BusDisconnectedError. Where `reply` is given and nobody listens on `subject`, the server
-        answers on `reply` with an empty payload whose status is 503 (see `on_no_responders`)."""
+        answers on `reply` with an empty payload whose status is 503 (see
+        `subscribe_no_responders`)."""
         ...
 
     async def request(self, subject: str, payload: bytes, *, timeout_seconds: float) -> bytes:
@@ -136,7 +158,7 @@ class Bus(Protocol):
         Raises:
             NoRespondersError: at once, where nobody listens on `subject`.
             BusTimeoutError: no answer in time.
-            BusDisconnectedError: the connection is down.
+            BusDisconnectedError: the connection is down, or went down while waiting.
             PayloadTooLargeError: larger than `max_payload_bytes`.
         """
         ...
@@ -146,8 +168,9 @@ class Bus(Protocol):
     ) -> Subscription:
         """Deliver messages on `subject` (wildcards allowed) to `handler`.
 
-        A `queue` name shares them among the members of that queue group. The subscription survives
-        reconnects.
+        A `queue` name shares them among the members of that queue group. When this returns the
+        server knows of the subscription; it survives reconnects. What `handler` raises is logged
+        and counted, and the next message is delivered.
         """
         ...
 
@@ -168,7 +191,15 @@ class Bus(Protocol):
         ...
 
     async def flush(self, *, timeout_seconds: float) -> None:
-        """Return when the server has everything published so far."""
+        """Return when the server has everything published so far.
+
+        Raises BusTimeoutError or BusDisconnectedError.
+        """
+        ...
+
+    async def wait_closed(self) -> None:
+        """Return when the connection is closed for good: by `close()`, or by a server that no
+        longer lets this client in. A service that did not close it must end itself."""
         ...
 
     async def close(self) -> None:

@@ -1,0 +1,52 @@
+"""What many tests need: a real nats-server, names of their own, waiting for a condition."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from inspect import isawaitable
+
+import pytest
+import pytest_asyncio
+
+from shared.embedded_nats import EmbeddedNats
+
+DEADLINE_SECONDS = 20.0
+
+Condition = Callable[[], object | Awaitable[object]]
+
+
+async def eventually(condition: Condition, deadline_seconds: float = DEADLINE_SECONDS) -> None:
+    """Return when `condition()` is true; fail the test when it is not by the deadline."""
+    ends_at = time.monotonic() + deadline_seconds
+    while True:
+        outcome = condition()
+        if isawaitable(outcome):
+            outcome = await outcome
+        if outcome:
+            return
+        if time.monotonic() > ends_at:
+            pytest.fail(f"condition does not hold after {deadline_seconds:g} s")
+        await asyncio.sleep(0.01)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def nats_server() -> AsyncIterator[EmbeddedNats]:
+    """One nats-server for the whole run; tests use names of their own (`unique`)."""
+    async with EmbeddedNats() as server:
+        yield server
+
+
+@pytest_asyncio.fixture
+async def own_nats_server() -> AsyncIterator[EmbeddedNats]:
+    """A nats-server that the test may kill and restart."""
+    async with EmbeddedNats() as server:
+        yield server
+
+
+@pytest.fixture
+def unique() -> str:
+    """A name no other test uses."""
+    return f"t{secrets.token_hex(6)}"
