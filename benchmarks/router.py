@@ -55,14 +55,8 @@ async def running_setup(
     model_dir = tokenizer_directory(options.model)
     async with EmbeddedNats() as nats_server:
         stub = [sys.executable, "-m", "benchmarks.stub_worker", "--nats", nats_server.url]
-        stub += [
-            "--deployment",
-            _DEPLOYMENT,
-            "--model-dir",
-            model_dir,
-            "--model-id",
-            STUB_MODEL_NAME,
-        ]
+        stub += ["--deployment", _DEPLOYMENT, "--model-id", STUB_MODEL_NAME]
+        stub += ["--model-dir", str(model_dir)]
         stub += ["--workers", str(options.workers), "--steps-per-second", str(steps_per_second)]
         stub += ["--stats", str(directory / "stub.json")]
         port = free_port()

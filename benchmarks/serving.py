@@ -173,26 +173,28 @@ def tables(results: list[ServerResult]) -> list[str]:
         ],
     )
     parts = ["One stream alone:", singles.render(), "Closed loop, median round:", loads.render()]
-    return [*parts, "Ratios:", ratio_table(results).render()]
+    return [*parts, "Ratios, and all rounds:", ratio_table(results).render()]
 
 
 def ratio_table(results: list[ServerResult]) -> Table:
-    """The first server's figures over each server's, and the spread of its rounds."""
+    """The first server's figures over each server's; the spread of rounds, the worst stall of all."""
     first = results[0]
     rows = []
     for result in results:
         rates = [one.output_tokens_per_second for one in result.rounds]
+        stalls = [one.max_gap_seconds.max for one in result.rounds if one.max_gap_seconds]
         rows.append(
             [
                 result.adapter.name,
                 _ratio(_throughput(first), _throughput(result)),
                 _ratio(first.decode_tokens_per_second, result.decode_tokens_per_second),
                 " ".join(f"{rate:.1f}" for rate in rates) or "-",
+                seconds(max(stalls, default=None)),
             ]
         )
     name = first.adapter.name
     headers = ("against", f"{name}: output tok/s", f"{name}: decode tok/s", "rounds, tok/s")
-    return Table(headers, rows)
+    return Table((*headers, "largest gap of all (s)"), rows)
 
 
 def _throughput(result: ServerResult) -> float | None:
