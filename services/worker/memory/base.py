@@ -1,0 +1,93 @@
+"""Physical memory in chunks, and ranges of addresses they are mapped into: the device's part.
+
+    physical   | chunk 0 | chunk 1 | chunk 2 | chunk 3 | ...      fixed number, the budget
+                    |         \_________________
+    range A    [ mapped  |  reserved  |  reserved  ]   \
+    range B    [  reserved  |  mapped  |  reserved ] <--+         addresses never move
+
+CPU: pages of one memfd (`cpu.py`). CUDA: `cuMemCreate` handles, mapped with `cuMemMap` and
+`cuMemSetAccess`. Chunks are mapped whole; neighbouring chunks that go to neighbouring addresses
+are one call. Implementations do no bookkeeping of owners; that is the ledger's part.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+
+class ChunkRun(NamedTuple):
+    """The chunks `[first, first + count)`."""
+
+    first: int
+    count: int
+
+
+class VirtualRange(Protocol):
+    """A reserved range of addresses. Touching a part that is not mapped is a fault."""
+
+    @property
+    def address(self) -> int:
+        """First address; stays the same until `close`."""
+        ...
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Length of the range, a multiple of the chunk size."""
+        ...
+
+    def map(self, position: int, run: ChunkRun) -> None:
+        """Make `run` readable and writable from `address + position * chunk_bytes` on.
+
+        What the chunks held is kept. Nothing may be mapped there yet.
+
+        Raises:
+            DeviceMemoryError: the system refused; nothing is mapped then.
+        """
+        ...
+
+    def unmap(self, position: int, count: int) -> None:
+        """Take the mapping of `count` chunks away from `position` on; the chunks keep their bytes.
+
+        Parts that are not mapped stay so.
+
+        Raises:
+            DeviceMemoryError: the system refused.
+        """
+        ...
+
+    def close(self) -> None:
+        """Unmap everything and give the addresses back. Idempotent."""
+        ...
+
+
+class PhysicalMemory(Protocol):
+    """The budget: `num_chunks` chunks of `chunk_bytes` bytes."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk."""
+        ...
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the budget."""
+        ...
+
+    def reserve(self, nbytes: int) -> VirtualRange:
+        """Reserve addresses for at least `nbytes`; takes no physical memory.
+
+        Raises:
+            DeviceMemoryError: no such range of addresses is free.
+        """
+        ...
+
+    def discard(self, run: ChunkRun) -> None:
+        """Forget what chunks hold, so that the system may use the memory until they are touched.
+
+        They stay part of the budget. Must not be mapped anywhere.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the budget back; every range must be closed before. Idempotent."""
+        ...

@@ -1,0 +1,236 @@
+"""One budget, two uses: arenas of weights and KV ranges made of the same chunks.
+
+    addresses, reserved once                                    chunks of the budget
+    arena  layer 0   [ weights ]                                W0 W0
+    arena  layer 1   [ weights ]        <- drop: unmapped       W1 W1 --+
+    KV     layer 0   [ blocks ............ | reserved ... )     K0      |
+                                           ^ grow: mapped  <------------+
+
+Weights of a dropped layer are unmapped and its chunks mapped behind the remaining layers' KV ranges;
+restoring takes them back and maps them at the arena's old addresses. No address ever changes and
+nothing is copied, so kernels, block tables and tensors need not know.
+
+What the KV gets is not zeroed: it may hold old weights. Our CPU kernel reads only rows that were
+written; a device whose kernel multiplies unused rows by zero must clear what it maps.
+
+The engine thread calls this, at batch boundaries only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.worker.memory.base import PhysicalMemory, VirtualRange
+from services.worker.memory.errors import DeviceMemoryError, LedgerIntegrityError
+from services.worker.memory.ledger import ChunkLedger, Owner, OwnerKind
+from services.worker.memory.sizing import chunks_for, even_growth
+
+
+@dataclass(frozen=True, slots=True)
+class Arena:
+    """Memory for the weights of one layer, of the embedding, or of the head."""
+
+    name: str
+    address: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvRegion:
+    """Memory for the KV of one layer: block `b` lies at `address + b * block_bytes`."""
+
+    layer: int
+    address: int
+    block_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUsage:
+    """Where the budget is, in whole chunks; the three parts are the budget."""
+
+    weight_bytes: int
+    kv_bytes: int
+    free_bytes: int
+
+
+class MemoryPool:
+    """Maps the chunks of a budget to weights and KV, and knows who has them."""
+
+    def __init__(self, physical: PhysicalMemory) -> None:
+        self._physical = physical
+        self._ledger = ChunkLedger(physical.num_chunks)
+        self._ranges: dict[Owner, VirtualRange] = {}
+        self._arenas: dict[str, Arena] = {}
+        self._regions: dict[int, KvRegion] = {}
+
+    @property
+    def budget_bytes(self) -> int:
+        """All chunks of the budget."""
+        return self._physical.num_chunks * self._physical.chunk_bytes
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The unit that moves between weights and KV."""
+        return self._physical.chunk_bytes
+
+    @property
+    def usage(self) -> MemoryUsage:
+        """How the budget is used now."""
+        return MemoryUsage(
+            weight_bytes=self._ledger.count_kind(OwnerKind.WEIGHTS) * self.chunk_bytes,
+            kv_bytes=self._ledger.count_kind(OwnerKind.KV) * self.chunk_bytes,
+            free_bytes=self._ledger.num_free_chunks * self.chunk_bytes,
+        )
+
+    # --- weights ---------------------------------------------------------------------------------
+
+    def weight_arena(self, name: str, nbytes: int) -> Arena:
+        """Make an arena and map it. Its content is undefined until it is written.
+
+        Raises:
+            ValueError: there is one of that name.
+            OutOfChunksError: too little of the budget is free.
+        """
+        if name in self._arenas:
+            raise ValueError(f"there is an arena {name!r} already")
+        owner = Owner(OwnerKind.WEIGHTS, name)
+        reserved = self._physical.reserve(nbytes)
+        self._ranges[owner] = reserved
+        try:
+            self._map_tail(owner, chunks_for(nbytes, self.chunk_bytes))
+        except DeviceMemoryError:
+            self._ranges.pop(owner).close()
+            raise
+        self._arenas[name] = Arena(name, reserved.address, nbytes)
+        return self._arenas[name]
+
+    def is_mapped(self, name: str) -> bool:
+        """True if the weights of arena `name` may be touched, False while it is dropped."""
+        return self._ledger.count(self._weights_of(name)) > 0
+
+    def drop_arena(self, name: str) -> None:
+        """Unmap an arena and free its chunks; its addresses stay reserved, its content is gone.
+
+        Nothing happens to one that is dropped already.
+        """
+        owner = self._weights_of(name)
+        self._unmap_tail(owner, self._ledger.count(owner))
+
+    def restore_arena(self, name: str) -> None:
+        """Map a dropped arena at its old addresses; its content is undefined until written.
+
+        Nothing happens to one that is mapped.
+
+        Raises:
+            OutOfChunksError: too few chunks are free; shrink the KV first.
+        """
+        owner = self._weights_of(name)
+        if not self.is_mapped(name):
+            self._map_tail(owner, chunks_for(self._arenas[name].nbytes, self.chunk_bytes))
+
+    def _weights_of(self, name: str) -> Owner:
+        if name not in self._arenas:
+            raise ValueError(f"there is no arena {name!r}")
+        return Owner(OwnerKind.WEIGHTS, name)
+
+    # --- KV --------------------------------------------------------------------------------------
+
+    def kv_region(self, layer: int, block_bytes: int) -> KvRegion:
+        """Reserve the KV range of a layer, as long as the budget; nothing is mapped yet.
+
+        Raises:
+            ValueError: the layer has one.
+        """
+        if layer in self._regions:
+            raise ValueError(f"layer {layer} has a KV range already")
+        if block_bytes < 1:
+            raise ValueError(f"a block of {block_bytes} bytes holds nothing")
+        reserved = self._physical.reserve(self.budget_bytes)
+        self._ranges[self._kv_of(layer)] = reserved
+        self._regions[layer] = KvRegion(layer, reserved.address, block_bytes)
+        return self._regions[layer]
+
+    def num_kv_blocks(self, layers: Sequence[int]) -> int:
+        """Blocks that are usable in every one of `layers`."""
+        return min(
+            (
+                self._ledger.count(self._kv_of(layer))
+                * self.chunk_bytes
+                // self._regions[layer].block_bytes
+                for layer in layers
+            ),
+            default=0,
+        )
+
+    def grow_kv_evenly(self, layers: Sequence[int]) -> int:
+        """Map free chunks behind the KV of `layers` so that they share as many blocks as possible.
+
+        Returns:
+            The number of usable blocks. Blocks that were usable before keep their content.
+        """
+        growth = even_growth(
+            [self._ledger.count(self._kv_of(layer)) for layer in layers],
+            [self._regions[layer].block_bytes for layer in layers],
+            self._ledger.num_free_chunks,
+            self.chunk_bytes,
+        )
+        for layer, count in zip(layers, growth, strict=True):
+            self._map_tail(self._kv_of(layer), count)
+        return self.num_kv_blocks(layers)
+
+    def shrink_kv(self, layers: Sequence[int], num_blocks: int) -> None:
+        """Free the chunks of `layers` that hold nothing of their first `num_blocks` blocks."""
+        for layer in layers:
+            owner = self._kv_of(layer)
+            kept = chunks_for(num_blocks * self._regions[layer].block_bytes, self.chunk_bytes)
+            self._unmap_tail(owner, max(0, self._ledger.count(owner) - kept))
+
+    @staticmethod
+    def _kv_of(layer: int) -> Owner:
+        return Owner(OwnerKind.KV, str(layer))
+
+    # --- all -------------------------------------------------------------------------------------
+
+    def trim(self) -> None:
+        """Let the system use the memory of free chunks; they stay part of the budget."""
+        for run in self._ledger.free_runs():
+            self._physical.discard(run)
+
+    def check_integrity(self) -> None:
+        """Raise LedgerIntegrityError unless every chunk has exactly one owner, with a range."""
+        self._ledger.check_integrity()
+        for owner, chunks in self._ledger.owners.items():
+            reserved = self._ranges.get(owner)
+            if reserved is None or len(chunks) * self.chunk_bytes > reserved.reserved_bytes:
+                raise LedgerIntegrityError(f"{owner} has chunks without addresses")
+        for arena in self._arenas.values():
+            count = self._ledger.count(Owner(OwnerKind.WEIGHTS, arena.name))
+            if count not in (0, chunks_for(arena.nbytes, self.chunk_bytes)):
+                raise LedgerIntegrityError(f"arena {arena.name} is mapped in part")
+
+    def close(self) -> None:
+        """Unmap everything and give the budget back; no tensor may be touched afterwards."""
+        for reserved in self._ranges.values():
+            reserved.close()
+        self._physical.close()
+
+    def _map_tail(self, owner: Owner, count: int) -> None:
+        """Assign chunks and map them behind those that `owner` has: all of them or none."""
+        position = start = self._ledger.count(owner)
+        runs = self._ledger.assign(owner, count)
+        try:
+            for run in runs:
+                self._ranges[owner].map(position, run)
+                position += run.count
+        except DeviceMemoryError:
+            if position > start:
+                self._ranges[owner].unmap(start, position - start)
+            self._ledger.release_tail(owner, count)
+            raise
+
+    def _unmap_tail(self, owner: Owner, count: int) -> None:
+        """Unmap the last `count` chunks of `owner` and free them."""
+        if count > 0:
+            self._ranges[owner].unmap(self._ledger.count(owner) - count, count)
+            self._ledger.release_tail(owner, count)
