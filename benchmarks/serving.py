@@ -177,7 +177,7 @@ def tables(results: list[ServerResult]) -> list[str]:
 
 
 def ratio_table(results: list[ServerResult]) -> Table:
-    """The first server's figures over each server's; the spread of rounds, the worst stall of all."""
+    """The first server's figures over each server's, and what the median round hides."""
     first = results[0]
     rows = []
     for result in results:
