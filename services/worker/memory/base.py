@@ -1,9 +1,9 @@
 """Physical memory in chunks, and ranges of addresses they are mapped into: the device's part.
 
     physical   | chunk 0 | chunk 1 | chunk 2 | chunk 3 | ...      fixed number, the budget
-                    |         \_________________
-    range A    [ mapped  |  reserved  |  reserved  ]   \
-    range B    [  reserved  |  mapped  |  reserved ] <--+         addresses never move
+                    |         |
+    range A    [ chunk 0 | reserved | reserved )
+    range B    [ chunk 1 | reserved | reserved )                   addresses never move
 
 CPU: pages of one memfd (`cpu.py`). CUDA: `cuMemCreate` handles, mapped with `cuMemMap` and
 `cuMemSetAccess`. Chunks are mapped whole; neighbouring chunks that go to neighbouring addresses
@@ -12,10 +12,12 @@ are one call. Implementations do no bookkeeping of owners; that is the ledger's 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 
-class ChunkRun(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ChunkRun:
     """The chunks `[first, first + count)`."""
 
     first: int

@@ -16,7 +16,8 @@ import os
 import weakref
 
 from services.worker.memory.base import ChunkRun, VirtualRange
-from services.worker.memory.errors import DeviceMemoryError
+from services.worker.memory.errors import DeviceMemoryError, DeviceMemoryTooSmallError
+from shared.errors import ConfigError
 
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
@@ -99,13 +100,17 @@ class CpuMemory:
         """Create the budget, rounded down to whole chunks; takes no memory until it is touched.
 
         Raises:
-            ValueError: the chunk is not a multiple of the page, or the budget is below one chunk.
+            ConfigError: the chunk is not a multiple of the page, or the budget is below one chunk.
             DeviceMemoryError: the system refuses a file of that size.
         """
         if chunk_bytes < mmap.PAGESIZE or chunk_bytes % mmap.PAGESIZE:
-            raise ValueError(f"a chunk of {chunk_bytes} bytes is not made of whole pages")
+            raise ConfigError(
+                f"a chunk of {chunk_bytes} bytes is no multiple of the {mmap.PAGESIZE}-byte page"
+            )
         if budget_bytes < chunk_bytes:
-            raise ValueError(f"a budget of {budget_bytes} bytes holds no {chunk_bytes}-byte chunk")
+            raise DeviceMemoryTooSmallError(
+                f"device memory of {budget_bytes} bytes is less than a chunk of {chunk_bytes}"
+            )
         self._chunk_bytes = chunk_bytes
         self._num_chunks = budget_bytes // chunk_bytes
         self._libc = _LibC()

@@ -6,9 +6,9 @@
     KV     layer 0   [ blocks ............ | reserved ... )     K0      |
                                            ^ grow: mapped  <------------+
 
-Weights of a dropped layer are unmapped and its chunks mapped behind the remaining layers' KV ranges;
-restoring takes them back and maps them at the arena's old addresses. No address ever changes and
-nothing is copied, so kernels, block tables and tensors need not know.
+The weights of a dropped layer are unmapped and its chunks mapped behind the KV of the remaining
+layers; restoring takes them back and maps them at the arena's old addresses. No address ever
+changes and nothing is copied, so kernels, block tables and tensors need not know.
 
 What the KV gets is not zeroed: it may hold old weights. Our CPU kernel reads only rows that were
 written; a device whose kernel multiplies unused rows by zero must clear what it maps.
