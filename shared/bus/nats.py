@@ -318,8 +318,11 @@ class NatsBus:
             subscription = await self._client.subscribe(subject, queue=queue, cb=guarded)
         except nats.errors.Error as error:
             raise _translate(error, subject) from error
-        if self.is_connected:
+        try:
             await self.flush(timeout_seconds=FLUSH_TIMEOUT_SECONDS)
+        except (BusDisconnectedError, BusTimeoutError) as error:
+            # nats-py subscribes again when it reconnects.
+            self._log.debug("bus.subscribed_while_disconnected", subject=subject, error=str(error))
         return NatsSubscription(subscription)
 
     async def key_value(
