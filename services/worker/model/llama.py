@@ -8,7 +8,7 @@ same configuration is its oracle in `tests/unit/model/test_stage.py`.
 
 from __future__ import annotations
 
-from services.worker.kernels.cpu import LayerGeometry, LlamaLayerWeights
+from services.worker.kernels.library import LayerGeometry, LlamaLayerWeights
 from services.worker.model.arena import ArenaLayout, PartSpec
 from services.worker.model.config import ModelConfig
 
@@ -54,7 +54,7 @@ def _bias(name: str, rows: int, modules: tuple[str, ...]) -> PartSpec:
 
 def layer_weights(layout: ArenaLayout, base_address: int) -> LlamaLayerWeights:
     """Addresses of the layer's tensors in an arena at `base_address`; absent ones are null."""
-    names = [name for name, _ in LlamaLayerWeights._fields_]
+    names = [field[0] for field in LlamaLayerWeights._fields_]
     return LlamaLayerWeights(**{name: layout.address(base_address, name) for name in names})
 
 

@@ -1,1 +1,0 @@
-"""Paged attention behind one interface: `base.py` says what it does, `cpu.py` does it."""
