@@ -19,9 +19,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import structlog
+
+from services.worker.build import BuiltEngine
 from services.worker.core import EngineCore
 from services.worker.engine.outputs import SchedulerLoad
 from services.worker.engine.request import Request
+from services.worker.identity import ModelFacts
 from shared.messages import TokenItem
 
 #: How long an idle thread sleeps before it looks at its stop flag.
@@ -76,33 +80,46 @@ class EngineThread:
 
     def __init__(
         self,
-        build: Callable[[], EngineCore],
+        build: Callable[[], BuiltEngine],
         loop: asyncio.AbstractEventLoop,
         on_report: Callable[[EngineReport], None],
     ) -> None:
         """Prepare the thread.
 
         Args:
-            build: makes the core, inside the thread (it loads the model).
+            build: loads the model, inside the thread.
             on_report: called on `loop` after every step and every batch of commands.
         """
         self._build = build
         self._loop = loop
         self._on_report = on_report
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._ready: Future[None] = Future()
+        self._ready: Future[ModelFacts] = Future()
         self._finished: Future[None] = Future()
+        self._log = structlog.get_logger(component="engine")
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
-    def start(self) -> asyncio.Future[None]:
-        """Start the thread; the future is done when the model is loaded, or has its error."""
+    def start(self) -> asyncio.Future[ModelFacts]:
+        """Start the thread; the future brings what was loaded, or why it could not be."""
         self._thread.start()
         return asyncio.wrap_future(self._ready, loop=self._loop)
 
-    @property
-    def finished(self) -> asyncio.Future[None]:
-        """Done when the thread has ended; carries the fault that ended it, if any."""
-        return asyncio.wrap_future(self._finished, loop=self._loop)
+    async def wait_finished(self) -> None:
+        """Return when the thread has ended; raises the fault that ended it, if any."""
+        await asyncio.shield(asyncio.wrap_future(self._finished, loop=self._loop))
+
+    async def stop(self, timeout_seconds: float) -> None:
+        """End the thread after its present step and give the model's memory back.
+
+        A thread that does not end in time is left behind; it ends with the process.
+        """
+        self.submit(Stop())
+        finished = asyncio.wrap_future(self._finished, loop=self._loop)
+        await asyncio.wait({finished}, timeout=timeout_seconds)
+        if not finished.done():
+            self._log.error("the engine thread does not end", waited_seconds=timeout_seconds)
+        elif finished.exception() is not None:
+            self._log.error("the engine thread failed", error=repr(finished.exception()))
 
     def submit(self, command: Command) -> None:
         """Hand over a command; applied before the next batch, in order."""
@@ -110,14 +127,15 @@ class EngineThread:
 
     def _main(self) -> None:
         try:
-            core = self._build()
+            engine = self._build()
         except BaseException as error:  # handed to whoever waits for the model
             self._ready.set_exception(error)
             self._finished.set_result(None)
             return
-        self._ready.set_result(None)
+        self._ready.set_result(engine.facts)
         try:
-            self._run(core)
+            self._run(engine.core)
+            engine.runner.close()
         except BaseException as error:  # handed to the service, which ends the process
             self._finished.set_exception(error)
         else:

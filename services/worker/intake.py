@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import assert_never
 
 import structlog
@@ -44,6 +45,7 @@ class Intake:
         publisher: TokenPublisher,
         placement: Placement,
         limits: AdmissionLimits,
+        on_drain: Callable[[], None],
     ) -> None:
         self._bus = bus
         self._engine = engine
@@ -51,6 +53,7 @@ class Intake:
         self._publisher = publisher
         self._placement = placement
         self._limits = limits
+        self._on_drain = on_drain
         self._dispatches: deque[tuple[str, int]] = deque()  # not yet in the engine's load
         self._num_dispatches_included = 0
         self._received: dict[str, int] = {}
@@ -127,7 +130,7 @@ class Intake:
             case messages.Resume():
                 await self._resume(message, control)
             case messages.Drain():
-                self.is_draining = True
+                self._on_drain()
                 await self._answer(message, AdminReply(detail="draining"))
             case messages.Ping():
                 await self._answer(message, AdminReply())

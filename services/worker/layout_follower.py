@@ -6,7 +6,9 @@ than what it has, and acknowledges what it took. The absence of a plan changes n
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import structlog
@@ -14,6 +16,7 @@ import structlog
 from shared.bus.base import BusError, KeyValue
 from shared.layout import Plan
 from shared.messages import AckState, PlanAck
+from shared.subjects import PLAN_KEY
 from shared.wire import MessageError
 
 #: How often the plan is read in case the watch missed a change.
@@ -36,14 +39,39 @@ class LayoutFollower:
         self,
         worker_id: str,
         placement: Placement,
+        *,
+        plans: KeyValue,
         acks: KeyValue,
-        on_change: Callable[[], Awaitable[None]],
+        on_change: Callable[[], None],
     ) -> None:
         self._worker_id = worker_id
         self._placement = placement
+        self._plans = plans
         self._acks = acks
         self._on_change = on_change
         self._log = structlog.get_logger(component="layout")
+
+    async def run(self) -> None:
+        """Follow the plan for ever."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch(), name="plan watch")
+            tasks.create_task(self._reread(), name="plan reread")
+
+    async def _watch(self) -> None:
+        async with aclosing(self._plans.watch()) as changes:
+            async for entry in changes:
+                if entry.key == PLAN_KEY and entry.value is not None:
+                    await self.offer(entry.value)
+
+    async def _reread(self) -> None:
+        while True:
+            try:
+                entry = await self._plans.get(PLAN_KEY)
+                if entry is not None and entry.value is not None:
+                    await self.offer(entry.value)
+            except BusError as error:
+                self._log.debug("plan not read", reason=str(error))
+            await asyncio.sleep(REREAD_SECONDS)
 
     async def offer(self, payload: bytes) -> None:
         """Take the content of the plan key; stale and foreign plans change nothing."""
@@ -59,7 +87,7 @@ class LayoutFollower:
         self._placement.group_id = group.group_id if group else ""
         self._log.info("plan applied", epoch=plan.epoch, group=self._placement.group_id)
         await self._acknowledge(plan)
-        await self._on_change()
+        self._on_change()
 
     async def _acknowledge(self, plan: Plan) -> None:
         ack = PlanAck(

@@ -9,14 +9,13 @@ from __future__ import annotations
 import structlog
 
 from services.worker.layout_follower import Placement
-from services.worker.streams import StreamTable
 from shared.bus.base import Bus, BusError
 from shared.messages import TokenFrame, TokenItem
 from shared.subjects import Subjects
 
 
 class TokenPublisher:
-    """Sends items to the routers that wait for them. Create with `connect`."""
+    """Sends items to the routers that wait for them."""
 
     def __init__(
         self, bus: Bus, subjects: Subjects, worker_id: str, placement: Placement, reply: str
@@ -52,10 +51,3 @@ class TokenPublisher:
             )
         except BusError as error:
             self._log.warning("token frame lost", router=router_id, reason=str(error))
-
-
-def routers_of(streams: StreamTable, token_subject: str, subjects: Subjects) -> list[str]:
-    """The routers with open streams whose token subject is `token_subject` (none or one)."""
-    return [
-        router_id for router_id in streams.routers() if subjects.tokens(router_id) == token_subject
-    ]

@@ -63,6 +63,11 @@ class ModelRunner:
         return self._kernels.block_size
 
     @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of one block over all the layers held."""
+        return self._stage.kv_block_bytes * len(self.span)
+
+    @property
     def span(self) -> Span:
         return self._stage.span
 

@@ -123,6 +123,11 @@ class Stage:
     def span(self) -> Span:
         return self._plan.span
 
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of one block of one layer."""
+        return self._plan.kv_block_bytes
+
     def load(self) -> Iterator[str]:
         """Map and fill every arena of the span; yields the name of each when it is there.
 

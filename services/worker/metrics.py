@@ -1,0 +1,62 @@
+"""The worker's metrics: vLLM's names where the thing is the same, `kunserve_` for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import Counter
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.worker.engine.outputs import SchedulerLoad
+from services.worker.engine_thread import EngineReport
+from shared.metrics import new_registry
+
+
+class WorkerMetrics(Collector):
+    """Shows the engine's last load and counts what it produced."""
+
+    def __init__(self, *others: Collector) -> None:
+        self.registry = new_registry()
+        self._load: SchedulerLoad | None = None
+        self._generated = Counter(
+            "vllm:generation_tokens", "tokens generated", registry=self.registry
+        )
+        self._finished = Counter(
+            "vllm:request_success",
+            "requests ended, by reason",
+            ["finished_reason"],
+            registry=self.registry,
+        )
+        for collector in (self, *others):
+            self.registry.register(collector)
+
+    def observe(self, report: EngineReport) -> None:
+        """Count what one round of the engine brought."""
+        self._load = report.load
+        for item in report.items:
+            self._generated.inc(len(item.token_ids))
+            if item.finish_reason is not None:
+                self._finished.labels(item.finish_reason.value).inc()
+
+    def collect(self) -> Iterator[Metric]:
+        load = self._load
+        if load is None:
+            return
+        for name, text, value in (
+            ("vllm:num_requests_running", "requests in the batch", load.requests_running),
+            ("vllm:num_requests_waiting", "requests without KV", load.requests_waiting),
+            (
+                "vllm:kv_cache_usage_perc",
+                "share of KV blocks in use, 0 to 1",
+                load.kv_blocks_used / load.kv_blocks_total,
+            ),
+            ("kunserve_kv_blocks", "KV blocks in all", load.kv_blocks_total),
+            ("kunserve_waiting_blocks", "KV blocks that the queue needs", load.waiting_blocks),
+        ):
+            yield GaugeMetricFamily(name, text, value=float(value))
+        for name, text, value in (
+            ("vllm:num_preemptions", "requests that gave their KV away", load.num_preemptions),
+            ("kunserve_engine_steps", "batches computed", load.engine_steps),
+        ):
+            yield CounterMetricFamily(name, text, value=float(value))
