@@ -1,0 +1,1 @@
+"""The CPU compute library: C compiled at first use, bound to torch tensors (see cpu.py)."""
