@@ -1,0 +1,138 @@
+"""What commands print: tables, the greeting, the doctor's judgement."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from services.cluster.doctor import Finding, check_cpu, check_memory, judge_nats
+from services.cluster.greeting import greeting
+from services.cluster.health import HealthSettings, health_url
+from services.cluster.http import Answer
+from services.cluster.status import render_cluster
+from services.cluster.table import render_bytes, render_table
+from services.cluster.up import base_url
+
+CLUSTER = {
+    "epoch": 3,
+    "term": 1,
+    "state": "stable",
+    "groups": [
+        {
+            "id": "g0",
+            "leader": "worker-0",
+            "members": [
+                {"worker": "worker-0", "layers": [0, 15]},
+                {"worker": "worker-1", "layers": [15, 30]},
+            ],
+            "requests_running": 4,
+            "requests_waiting": 1,
+            "kv_blocks_used": 50,
+            "kv_blocks_total": 200,
+        }
+    ],
+    "workers": [
+        {
+            "id": "worker-0",
+            "layers": [[0, 15]],
+            "device": "cpu",
+            "memory_bytes": 1024**3,
+            "weight_bytes": 512 * 1024**2,
+            "kv_bytes": 400 * 1024**2,
+            "free_bytes": 0,
+            "state": "ready",
+        }
+    ],
+    "transitions": [],
+}
+
+
+def test_a_table_is_as_wide_as_its_widest_cells() -> None:
+    assert render_table(("A", "B"), [("long", "1"), ("x", "22")]) == (
+        "A     B\nlong  1\nx     22\n"
+    )
+
+
+def test_sizes_are_read_at_a_glance() -> None:
+    assert [render_bytes(size) for size in (0, 1023, 1536, 5 * 1024**4)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "5.0 TiB",
+    ]
+
+
+def test_the_status_shows_layout_load_and_memory() -> None:
+    text = render_cluster(CLUSTER)
+    assert "layout stable, term 1, epoch 3" in text
+    assert "worker-0 [0, 15) > worker-1 [15, 30)" in text
+    assert "50/200 (25%)" in text
+    assert "512.0 MiB" in text
+
+
+def test_a_cluster_without_workers_can_be_shown() -> None:
+    assert "WORKER" in render_cluster(CLUSTER | {"groups": [], "workers": []})
+
+
+def test_the_greeting_holds_a_request_that_can_be_pasted() -> None:
+    text = greeting("http://127.0.0.1:8000", {"data": [{"id": "smollm2"}]}, workers=2)
+    body = json.loads(text[text.index("'{") + 1 : text.index("}'") + 1])
+    assert body["model"] == "smollm2"
+    assert "http://127.0.0.1:8000/v1/chat/completions" in text
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+        ("example.org", "http://example.org:80"),
+    ],
+)
+def test_the_url_shown_is_one_that_a_client_here_can_use(host: str, expected: str) -> None:
+    assert base_url(host, 80) == expected
+
+
+def test_health_asks_the_service_where_its_own_settings_say_it_is() -> None:
+    assert health_url("router", HealthSettings(port=81)) == "http://127.0.0.1:81/health"
+    assert health_url("worker", HealthSettings(admin_port=9)) == "http://127.0.0.1:9/ready"
+    assert health_url("planner", HealthSettings(url="http://p:9/")) == "http://p:9/ready"
+
+
+def test_a_problem_is_told_in_the_services_own_words() -> None:
+    assert Answer(503, {"error": {"message": "no worker"}}).problem == "no worker"
+    assert Answer(503, {"reasons": ["NATS is down", "no plan"]}).problem == "NATS is down; no plan"
+    assert Answer(502, None).problem == "HTTP status 502"
+
+
+def findings(info: dict[str, object]) -> dict[str, Finding]:
+    return {check.subject: check.finding for check in judge_nats(info)}
+
+
+def test_the_doctor_accepts_a_nats_server_that_fits() -> None:
+    info = {"version": "2.11.0-RC.1", "jetstream": True, "max_payload": 1048576}
+    assert set(findings(info).values()) == {Finding.OK}
+
+
+def test_the_doctor_names_what_a_nats_server_lacks() -> None:
+    found = findings({"version": "2.9.10", "max_payload": 65536})
+    assert found == {
+        "NATS": Finding.FAILED,
+        "JetStream": Finding.FAILED,
+        "max_payload": Finding.WARNING,
+    }
+
+
+def test_the_doctor_warns_of_too_little_memory() -> None:
+    meminfo = "MemTotal: 8000000 kB\nMemAvailable:    1048576 kB\n"
+    assert [check.finding for check in check_memory(meminfo, 1024**3)] == [Finding.OK]
+    assert [check.finding for check in check_memory(meminfo, 2 * 1024**3)] == [Finding.WARNING]
+
+
+def test_the_doctor_reads_vector_units_of_either_family() -> None:
+    (check,) = check_cpu("processor: 0\nflags\t\t: fpu avx2 fma avx512f\n")
+    assert "avx2 fma avx512f" in check.detail
+    (check,) = check_cpu("Features: fp asimd\n")
+    assert "no wide vectors" in check.detail
