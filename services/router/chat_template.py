@@ -32,7 +32,7 @@ class _GenerationBlocks(jinja2.ext.Extension):
     For a prompt the marks mean nothing: the body is rendered as it is.
     """
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - declared as a plain set by jinja2
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

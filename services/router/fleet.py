@@ -34,6 +34,7 @@ class _Dispatching:
     ledger: DispatchLedger = field(default_factory=DispatchLedger)
     inhibited_until: float = 0.0
     is_full: bool = False  # refused a request; true until its next report
+    is_suspect: bool = False  # did not answer; true until its next report
 
 
 class Fleet:
@@ -54,25 +55,24 @@ class Fleet:
         self.plan = plan
         return True
 
-    def apply_worker(self, info: WorkerInfo) -> bool:
-        """Note a worker's lease; True if it is another process than the one known before."""
+    def apply_worker(self, info: WorkerInfo) -> None:
+        """Note a worker's lease; a new process under an old name begins with a clean sheet."""
         before = self.workers.get(info.worker_id)
+        if before is None or before.incarnation != info.incarnation:
+            self._forget(info.worker_id)
         self.workers[info.worker_id] = info
-        if before is not None and before.incarnation == info.incarnation:
-            return False
-        self._forget(info.worker_id)
-        return before is not None
 
-    def remove_worker(self, worker_id: str) -> bool:
-        """A worker's lease is gone; True if it was known."""
+    def remove_worker(self, worker_id: str) -> None:
+        """A worker's lease is gone."""
         self._forget(worker_id)
-        return self.workers.pop(worker_id, None) is not None
+        self.workers.pop(worker_id, None)
 
     def apply_load(self, report: LoadReport, now: float) -> None:
         """Note a load report; settles the bookings that it includes."""
         self.loads[report.worker_id] = ReceivedLoad(report, now)
         dispatching = self._of(report.worker_id)
         dispatching.is_full = False
+        dispatching.is_suspect = False
         dispatching.ledger.settle(report.received.get(self._router_id, 0))
 
     def ledger(self, worker_id: str) -> DispatchLedger:
@@ -87,10 +87,14 @@ class Fleet:
         """Do not send to this worker before its next report: it refused."""
         self._of(worker_id).is_full = True
 
-    def incarnation(self, worker_id: str) -> str:
-        """Which process serves under this id; "" where none is known."""
-        info = self.workers.get(worker_id)
-        return info.incarnation if info else ""
+    def mark_suspect(self, worker_id: str) -> None:
+        """It did not answer: send it nothing before its next report, and find out why."""
+        self._of(worker_id).is_full = True
+        self._of(worker_id).is_suspect = True
+
+    def is_suspect(self, worker_id: str, now: float) -> bool:
+        """True if the worker may be dead: it did not answer, or its reports stopped."""
+        return self._of(worker_id).is_suspect or self.load_age(worker_id, now) > FRESH_SECONDS
 
     def load_age(self, worker_id: str, now: float) -> float:
         """Seconds since the worker's last report; infinite where there was none."""
@@ -149,3 +153,4 @@ class Fleet:
         dispatching.ledger.clear()
         dispatching.inhibited_until = 0.0
         dispatching.is_full = False
+        dispatching.is_suspect = False

@@ -35,7 +35,7 @@ _TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     RequestState.QUEUED: _ENDS | {RequestState.DISPATCHING, RequestState.FINISHED},
     RequestState.DISPATCHING: _ENDS | {RequestState.QUEUED, RequestState.STREAMING},
     RequestState.STREAMING: _ENDS | {RequestState.LOST, RequestState.FINISHED},
-    RequestState.LOST: _ENDS | {RequestState.QUEUED},
+    RequestState.LOST: _ENDS | {RequestState.QUEUED, RequestState.FINISHED},
     RequestState.FINISHED: frozenset(),
     RequestState.FAILED: frozenset(),
     RequestState.CANCELLED: frozenset(),
@@ -63,7 +63,6 @@ class TokenStream:
         self.attempt = 0
         self.output_token_ids: list[int] = []
         self.pending: deque[TokenItem] = deque()
-        self.num_pending_tokens = 0
         self.has_gap = False
         self.last_heard_at = now
         self._has_last_item = False
@@ -106,7 +105,6 @@ class TokenStream:
             item = _cut(item, num_known)
         self.has_gap = False
         self.output_token_ids.extend(item.token_ids)
-        self.num_pending_tokens += len(item.token_ids)
         self.pending.append(item)
         self._has_last_item = item.finish_reason not in (None, FinishReason.ABORT)
         return Verdict.NEW
@@ -115,7 +113,6 @@ class TokenStream:
         """Hand over what is pending."""
         items = list(self.pending)
         self.pending.clear()
-        self.num_pending_tokens = 0
         return items
 
 
