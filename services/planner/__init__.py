@@ -1,0 +1,1 @@
+"""The planner: decides which workers serve together, and publishes it as the plan."""

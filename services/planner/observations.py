@@ -1,0 +1,124 @@
+"""What the planner hears of workers: their acknowledgements and their load. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shared.layout import Plan, Transition
+from shared.messages import AckState, LoadReport, PlanAck
+
+
+class LoadBoard:
+    """The newest load report of each worker; a report too old says nothing."""
+
+    def __init__(self, stale_seconds: float) -> None:
+        self._stale_seconds = stale_seconds
+        self._reports: dict[str, tuple[LoadReport, float]] = {}
+
+    def record(self, report: LoadReport, now: float) -> None:
+        """Note a report."""
+        self._reports[report.worker_id] = (report, now)
+
+    def forget(self, worker_id: str) -> None:
+        """The worker has left."""
+        self._reports.pop(worker_id, None)
+
+    @property
+    def newest_epoch(self) -> int:
+        """The highest epoch that any report carries."""
+        return max((report.epoch for report, _ in self._reports.values()), default=0)
+
+    def stale(self, worker_ids: Iterable[str], now: float) -> frozenset[str]:
+        """Those of `worker_ids` whose load is not known now."""
+        oldest = now - self._stale_seconds
+        return frozenset(
+            worker_id
+            for worker_id in worker_ids
+            if worker_id not in self._reports or self._reports[worker_id][1] < oldest
+        )
+
+
+@dataclass(slots=True)
+class _Pending:
+    plan: Plan
+    members: frozenset[str]
+    started_at: float
+    deadline: float
+
+
+class AckBoard:
+    """Who applied what, and whether the latest plan is applied by all its members.
+
+    Times are seconds of one monotonic clock; a transition shows `plan.created_at`.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._acks: dict[str, PlanAck] = {}
+        self._pending: _Pending | None = None
+
+    def record(self, ack: PlanAck) -> None:
+        """Note an acknowledgement; older ones of the same worker are replaced."""
+        before = self._acks.get(ack.worker_id)
+        if before is None or (ack.term, ack.epoch) >= (before.term, before.epoch):
+            self._acks[ack.worker_id] = ack
+
+    def forget(self, worker_id: str) -> None:
+        """The worker's acknowledgement was removed."""
+        self._acks.pop(worker_id, None)
+
+    @property
+    def worker_ids(self) -> frozenset[str]:
+        """Workers whose acknowledgement is known."""
+        return frozenset(self._acks)
+
+    @property
+    def applied(self) -> tuple[int, int]:
+        """The highest term and the highest epoch that any worker applied."""
+        applied = [ack for ack in self._acks.values() if ack.state is AckState.APPLIED]
+        return (
+            max((ack.term for ack in applied), default=0),
+            max((ack.epoch for ack in applied), default=0),
+        )
+
+    def expect(self, plan: Plan, now: float) -> None:
+        """Wait for every member of `plan`; what was waited for before is superseded."""
+        members = frozenset(member.worker_id for group in plan.groups for member in group.members)
+        self._pending = _Pending(plan, members, now, now + self._timeout_seconds)
+
+    def settle(self, living: Iterable[str], now: float) -> Transition | None:
+        """The finished transition, once: all living members answered, or the time is up."""
+        pending = self._pending
+        if pending is None:
+            return None
+        version = pending.plan.version
+        answers = {
+            worker_id: ack
+            for worker_id, ack in self._acks.items()
+            if worker_id in pending.members and (ack.term, ack.epoch) >= version
+        }
+        missing = sorted((pending.members & frozenset(living)) - answers.keys())
+        if missing and now < pending.deadline:
+            return None
+        self._pending = None
+        return Transition(
+            term=pending.plan.term,
+            epoch=pending.plan.epoch,
+            state=pending.plan.state,
+            cause=pending.plan.reason,
+            started_at=pending.plan.created_at,
+            phase_seconds={pending.plan.phase.value: round(now - pending.started_at, 6)},
+            result=_result(answers, missing),
+        )
+
+
+def _result(answers: dict[str, PlanAck], missing: list[str]) -> str:
+    problems = [
+        f"{worker_id} {ack.state.value}: {ack.detail}"
+        for worker_id, ack in sorted(answers.items())
+        if ack.state in (AckState.REFUSED, AckState.FAILED)
+    ]
+    if missing:
+        problems.append(f"no answer from {', '.join(missing)}")
+    return "; ".join(problems) or "applied"

@@ -1,0 +1,269 @@
+"""One planner: what it hears, what it decides, what it shows.
+
+All effects happen in `Planner.step`, one at a time; handlers only note what they heard and wake it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from services.planner.admin import AdminDesk
+from services.planner.decision import Decision, Inputs, decide
+from services.planner.leader import LeaderElection, Role
+from services.planner.observations import AckBoard, LoadBoard
+from services.planner.plan_store import PlanStore
+from services.planner.settings import PlannerSettings
+from services.planner.telemetry import Telemetry
+from shared.bus.base import Bus, BusError, BusMessage, KeyValue, RevisionConflictError
+from shared.layout import Plan
+from shared.lifecycle import BackgroundTasks
+from shared.membership import RENEWALS_PER_TTL, MemberEvent, MemberEventKind, MemberView
+from shared.messages import LoadReport, PlanAck, WorkerInfo
+from shared.subjects import Subjects
+from shared.wire import MessageError
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """The key-value buckets a planner works with."""
+
+    members: KeyValue
+    leader: KeyValue
+    plan: KeyValue
+    acks: KeyValue
+
+
+class Planner:
+    """One planner. The service runs it with `start` and ends it with `leave`.
+
+    Args:
+        clock: monotonic seconds; injected for tests.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        settings: PlannerSettings,
+        buckets: Buckets,
+        telemetry: Telemetry,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        ttl = settings.lease_ttl_seconds
+        self._bus = bus
+        self._settings = settings
+        self._telemetry = telemetry
+        self._clock = clock
+        self._subjects = Subjects(settings.deployment)
+        self._acks_bucket = buckets.acks
+        self._store = PlanStore(buckets.plan)
+        self._view = MemberView(bus, buckets.members, ttl, clock)
+        self._view.subscribe(self._on_member)
+        self._election = LeaderElection(buckets.leader, settings.planner_id, ttl, clock)
+        self._desk = AdminDesk(bus, self._subjects, lambda: self._view.workers, self._on_drained)
+        self._acks = AckBoard(settings.ack_timeout_seconds)
+        self._loads = LoadBoard(settings.load_stale_seconds)
+        self._remembered: Plan | None = None
+        self._draining: set[str] = set()
+        self._trouble = ""
+        self._wake = asyncio.Event()
+        self._log = structlog.get_logger(component="planner", planner=settings.planner_id)
+        bus.on_reconnect(self._on_reconnect)
+
+    @property
+    def role(self) -> Role:
+        """Whether it leads."""
+        return self._election.role
+
+    async def start(self, tasks: BackgroundTasks) -> None:
+        """Begin to listen and to decide, in tasks owned by `tasks`."""
+        tasks.spawn(self._view.run(), "members")
+        tasks.spawn(self._follow_acks(), "acks")
+        tasks.spawn(self._desk.run(), "admin")
+        tasks.spawn(self._step_for_ever(), "steps")
+        await self._bus.subscribe(self._subjects.all_loads, self._on_load)
+
+    async def leave(self) -> None:
+        """Hand over at once instead of letting the lease expire. The tasks have ended before."""
+        await self._desk.close()
+        await self._election.release()
+
+    # --- what is heard ---------------------------------------------------------------------------
+
+    def _on_member(self, event: MemberEvent) -> None:
+        if isinstance(event.info, WorkerInfo):
+            if event.kind in (MemberEventKind.LEFT, MemberEventKind.RESTARTED):
+                self._draining.discard(event.info.worker_id)
+                self._loads.forget(event.info.worker_id)
+            self._wake.set()
+
+    def _on_drained(self, worker_id: str) -> None:
+        self._draining.add(worker_id)
+        self._wake.set()
+
+    async def _on_reconnect(self) -> None:
+        self._wake.set()
+
+    async def _on_load(self, message: BusMessage) -> None:
+        try:
+            self._loads.record(LoadReport.decode(message.payload), self._clock())
+        except MessageError as error:
+            self._log.warning("planner.unreadable_load", error=str(error))
+
+    async def _follow_acks(self) -> None:
+        async with aclosing(self._acks_bucket.watch()) as changes:
+            async for entry in changes:
+                if entry.value is None:
+                    continue
+                try:
+                    self._acks.record(PlanAck.decode(entry.value))
+                except MessageError as error:
+                    self._log.warning("planner.unreadable_ack", key=entry.key, error=str(error))
+                self._wake.set()
+
+    # --- what is done ----------------------------------------------------------------------------
+
+    async def _step_for_ever(self) -> None:
+        await self._view.wait_primed()
+        pause = self._settings.lease_ttl_seconds / RENEWALS_PER_TTL
+        elect_at = self._clock()
+        while True:
+            self._wake.clear()
+            is_due = self._clock() >= elect_at or self.role is Role.STANDBY
+            if is_due:
+                elect_at = self._clock() + pause
+            await self.step(renew=is_due)
+            try:
+                async with asyncio.timeout(max(0.0, elect_at - self._clock())):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    async def step(self, *, renew: bool = True) -> None:
+        """Take part in the election and, while leading, bring the plan up to date."""
+        try:
+            if renew:
+                await self._election.step(await self._known_term())
+            self._telemetry.led(self.role is Role.LEADING)
+            if self.role is Role.LEADING:
+                await self._desk.open()
+                await self._lead()
+            else:
+                await self._desk.close()
+        except BusError as error:
+            if not self._trouble:
+                self._log.warning("planner.step_failed", error=str(error))
+            self._trouble = str(error)
+        else:
+            self._trouble = ""
+
+    async def _known_term(self) -> int:
+        """The highest term heard of, for whoever is about to take the lead."""
+        if self.role is Role.LEADING:
+            return self._election.term
+        self._remember((await self._store.read()).plan)
+        stored = self._remembered.term if self._remembered else 0
+        return max(stored, self._acks.applied[0])
+
+    async def _lead(self) -> None:
+        stored = await self._store.read()
+        if stored.plan is not None and stored.plan.term > self._election.term:
+            self._election.step_down("a planner of a higher term wrote the plan")
+            return
+        inputs = self._inputs(stored.plan)
+        decision = decide(inputs)
+        self._telemetry.decided(inputs, decision)
+        if decision.plan is not None:
+            await self._publish(decision, decision.plan, stored.revision)
+        else:
+            self._remember(stored.plan)
+        await self._settle()
+
+    def _inputs(self, stored: Plan | None) -> Inputs:
+        workers = self._view.workers
+        serving = (
+            [member.worker_id for group in stored.groups for member in group.members]
+            if (stored)
+            else []
+        )
+        applied_term, applied_epoch = self._acks.applied
+        epochs = [info.applied_epoch for info in workers.values()]
+        return Inputs(
+            term=self._election.term,
+            workers=workers,
+            stored=stored,
+            remembered=self._remembered,
+            applied=(applied_term, max([applied_epoch, self._loads.newest_epoch, *epochs])),
+            draining=frozenset(self._draining),
+            membership_held=self._view.is_held,
+            stale_loads=self._loads.stale(serving, self._clock()),
+            now=time.time(),
+        )
+
+    async def _publish(self, decision: Decision, plan: Plan, revision: int) -> None:
+        if self.role is not Role.LEADING:
+            return
+        try:
+            await self._store.write(plan, revision)
+        except RevisionConflictError:
+            self._election.step_down("another planner wrote the plan")
+            return
+        self._election.raise_term(plan.term)
+        self._remember(plan)
+        if decision.layout_changed:
+            self._acks.expect(plan, self._clock())
+
+    async def _settle(self) -> None:
+        """Log the transition that is finished, and drop what nobody needs any more."""
+        living = self._view.workers
+        now = self._clock()
+        transition = self._acks.settle(living, now)
+        if transition is not None:
+            self._telemetry.settled(transition, sum(transition.phase_seconds.values()))
+            await self._store.append(transition)
+        if self._view.is_held:
+            return
+        for worker_id in self._acks.worker_ids - living.keys():
+            await self._acks_bucket.delete(worker_id)
+            self._acks.forget(worker_id)
+
+    def _remember(self, plan: Plan | None) -> None:
+        if plan is not None and (
+            self._remembered is None or plan.version > self._remembered.version
+        ):
+            self._remembered = plan
+
+    # --- what is shown ---------------------------------------------------------------------------
+
+    def not_ready_reasons(self) -> list[str]:
+        """Why this planner is of no use now; leading and standing by are both ready."""
+        reasons = []
+        if not self._bus.is_connected:
+            reasons.append("not connected to NATS")
+        if self._trouble:
+            reasons.append(self._trouble)
+        return reasons
+
+    def state(self) -> dict[str, Any]:
+        """What the planner believes, for /debug/state."""
+        plan = self._remembered
+        return {
+            "planner_id": self._settings.planner_id,
+            "role": self.role.value,
+            "term": self._election.term,
+            "membership_held": self._view.is_held,
+            "workers": {
+                worker_id: info.state.value for worker_id, info in self._view.workers.items()
+            },
+            "routers": sorted(self._view.routers),
+            "planners": sorted(self._view.planners),
+            "draining": sorted(self._draining),
+            "stale_loads": sorted(self._loads.stale(self._view.workers, self._clock())),
+            "plan": plan.model_dump(mode="json") if plan else None,
+        }

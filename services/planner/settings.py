@@ -1,0 +1,59 @@
+"""Settings of one planner process."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from shared.logging import LogFormat
+from shared.settings import Settings
+from shared.subjects import validate_name
+
+
+def default_planner_id() -> str:
+    """A fresh name: several planners may run, one of them leads."""
+    return f"planner-{secrets.token_hex(4)}"
+
+
+class PlannerSettings(Settings):
+    """One planner of a cluster."""
+
+    deployment: str = Field(default="default", description="name of the cluster on the NATS server")
+    nats: str = Field(default="nats://127.0.0.1:4222", description="URL of the NATS server")
+    nats_creds: Path | None = Field(default=None, description="NATS credentials file")
+    nats_nkey: Path | None = Field(default=None, description="file with a NATS nkey seed")
+    planner_id: str = Field(
+        default_factory=default_planner_id, description="unique name (default: random)"
+    )
+    lease_ttl_seconds: float = Field(
+        default=6.0, ge=2.0, description="a process silent for so long is gone"
+    )
+    load_stale_seconds: float = Field(
+        default=2.0, gt=0.0, description="a load report older than this says nothing"
+    )
+    ack_timeout_seconds: float = Field(
+        default=10.0, gt=0.0, description="time workers have to apply a plan"
+    )
+    admin_host: str = Field(default="127.0.0.1", description="address of /live, /ready, /metrics")
+    admin_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="port of the admin endpoints, 0 for any (default: none)",
+    )
+    log_format: LogFormat = Field(default=LogFormat.TEXT, description="text or json")
+    log_level: str = Field(default="info", description="debug, info, warning or error")
+
+    @field_validator("planner_id")
+    @classmethod
+    def _check_planner_id(cls, value: str) -> str:
+        return validate_name(value, "planner id")
+
+    @field_validator("log_level")
+    @classmethod
+    def _check_log_level(cls, value: str) -> str:
+        if value.lower() not in {"debug", "info", "warning", "error"}:
+            raise ValueError(f"{value!r} is none of debug, info, warning, error")
+        return value.lower()
