@@ -45,8 +45,9 @@ def _router() -> Program[Any]:
 
     def run(settings: RouterSettings, _: argparse.Namespace) -> int:
         from services.router.service import run as run_router
+        from shared.lifecycle import run_service
 
-        return run_router(settings)
+        return run_service("router", lambda: run_router(settings))
 
     return Program(RouterSettings, run, "kunserve router --nats nats://nats:4222 --port 8000")
 
@@ -57,8 +58,9 @@ def _planner() -> Program[Any]:
 
     def run(settings: PlannerSettings, _: argparse.Namespace) -> int:
         from services.planner.service import run as run_planner
+        from shared.lifecycle import run_service
 
-        return run_planner(settings)
+        return run_service("planner", lambda: run_planner(settings))
 
     return Program(PlannerSettings, run, "kunserve planner --nats nats://nats:4222")
 
@@ -69,8 +71,9 @@ def _worker() -> Program[Any]:
 
     def run(settings: WorkerSettings, _: argparse.Namespace) -> int:
         from services.worker.service import run as run_worker
+        from shared.lifecycle import run_service
 
-        return run_worker(settings)
+        return run_service("worker", lambda: run_worker(settings))
 
     return Program(
         WorkerSettings, run, "kunserve worker --nats nats://nats:4222 --device-memory 4GiB"

@@ -41,6 +41,7 @@ from shared.models import ProgressReporter, resolve_model
 _HEALTH_POLL_SECONDS = 0.1
 _HEALTH_TIMEOUT_SECONDS = 2.0
 _STOP_MARGIN_SECONDS = 10.0
+_NATS_TIMEOUT_SECONDS = 3.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -127,7 +128,13 @@ class LocalCluster:
             self._supervisor.start(NatsKeeper(server, self._backoff))
             return server.url
         credentials = Credentials(settings.nats_creds, settings.nats_nkey)
-        bus = await connect(settings.nats, service="up", instance="up", credentials=credentials)
+        bus = await connect(
+            settings.nats,
+            service="up",
+            instance="up",
+            credentials=credentials,
+            connect_timeout_seconds=_NATS_TIMEOUT_SECONDS,
+        )
         await bus.close()
         return settings.nats
 
