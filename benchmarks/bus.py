@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import dataclasses
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -169,23 +168,21 @@ async def run(options: argparse.Namespace) -> None:
     machine = inspect_machine()
     busy = await measure_busy_share()
     report.add(f"{machine.describe()}, busy before: {busy:.0%}")
-    with tempfile.TemporaryDirectory(prefix="kunserve-bench-") as name:
-        directory = Path(name)
-        port = free_port()
-        async with EmbeddedNats() as nats_server:
-            url = nats_server.url
-            command = [sys.executable, "-m", "benchmarks.bus_peer", "--nats", url]
-            command += ["--tcp-port", str(port)]
-            async with ManagedProcess(command, log_path=directory / "peer.log"):
-                bus = await connect(url, service="bench", instance="router")
-                nats, tcp = NatsLink(bus), TcpLink(port)
-                try:
-                    await wait_for_peer(nats)
-                    findings = await measure_links(nats, tcp, options.scale)
-                    findings += await measure_key_value(bus, options.scale)
-                finally:
-                    tcp.close()
-                    await bus.close()
+    port = free_port()
+    async with EmbeddedNats() as nats_server:
+        url = nats_server.url
+        command = [sys.executable, "-m", "benchmarks.bus_peer", "--nats", url]
+        command += ["--tcp-port", str(port)]
+        async with ManagedProcess(command, log_path=options.out.parent / "logs" / "bus-peer.log"):
+            bus = await connect(url, service="bench", instance="router")
+            nats, tcp = NatsLink(bus), TcpLink(port)
+            try:
+                await wait_for_peer(nats)
+                findings = await measure_links(nats, tcp, options.scale)
+                findings += await measure_key_value(bus, options.scale)
+            finally:
+                tcp.close()
+                await bus.close()
     report.add(render(findings))
     data = {
         "machine": dataclasses.asdict(machine),

@@ -19,7 +19,6 @@ import json
 import os
 import random
 import sys
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -128,18 +127,18 @@ async def run(options: argparse.Namespace) -> None:
     report.add(f"{machine.describe()}, busy before: {busy:.0%}; {placement}")
     counts = [0, options.streams // 4, options.streams]
     results = []
-    with tempfile.TemporaryDirectory(prefix="kunserve-bench-") as name:
-        directory = Path(name)
-        async with running_setup(options, directory, router_core if others else None) as setup:
-            timeout = aiohttp.ClientTimeout(total=options.duration + 60)
-            connector = aiohttp.TCPConnector(limit=0)
-            async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-                runner = PhaseRunner(setup, session, random.Random())
-                await runner.run(Phase(8, 2.0, options.probes_per_second))  # warm-up
-                for count in counts:
-                    phase = Phase(count, options.duration, options.probes_per_second)
-                    results.append(await runner.run(phase))
-        stub_stats = json.loads((directory / "stub.json").read_text())
+    directory = options.out.parent / "logs"
+    directory.mkdir(parents=True, exist_ok=True)
+    async with running_setup(options, directory, router_core if others else None) as setup:
+        timeout = aiohttp.ClientTimeout(total=options.duration + 60)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            runner = PhaseRunner(setup, session, random.Random())
+            await runner.run(Phase(8, 2.0, options.probes_per_second))  # warm-up
+            for count in counts:
+                phase = Phase(count, options.duration, options.probes_per_second)
+                results.append(await runner.run(phase))
+    stub_stats = json.loads((directory / "stub.json").read_text())
     report.add(Table(HEADERS, [result_row(result) for result in results]).render())
     report.add(f"largest delay of a stub's step: {stub_stats['max_step_lag_seconds'] * 1e3:.1f} ms")
     for problem in sorted({problem for result in results for problem in result.problems})[:5]:

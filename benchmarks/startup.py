@@ -13,7 +13,6 @@ import random
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,13 +68,12 @@ async def run(options: argparse.Namespace) -> None:
     report.add(f"{machine.describe()}, busy before: {busy:.0%}")
     report.add(f"`{shlex.join(command)}`, {options.repeats} starts")
     starts = []
-    with tempfile.TemporaryDirectory(prefix="kunserve-bench-") as directory:
-        log_path = Path(directory) / "up.log"
-        await measure_start(command, log_path, options.first_timeout)
-        for number in range(options.repeats):
-            start = await measure_start(command, log_path, options.timeout)
-            say(f"  start {number}: {start.first_token_seconds:.2f} s")
-            starts.append(start)
+    log_path = options.out.parent / "logs" / "startup.log"
+    await measure_start(command, log_path, options.first_timeout)
+    for number in range(options.repeats):
+        start = await measure_start(command, log_path, options.timeout)
+        say(f"  start {number}: {start.first_token_seconds:.2f} s")
+        starts.append(start)
     report.add(render(starts))
     data = {
         "machine": dataclasses.asdict(machine),

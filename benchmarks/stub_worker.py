@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks.command import run_command
 from benchmarks.stub_engine import StubEngine, StubVocabulary
 from benchmarks.tokenizer import load_tokenizer
+from shared.buckets import open_members, open_plan
 from shared.bus.base import Bus, BusMessage
 from shared.bus.nats import connect
 from shared.layout import GroupPlan, LayoutState, MemberPlan, Plan, Span
@@ -126,9 +127,7 @@ class StubWorker:
         await self._bus.publish(self._subjects.tokens(router_id), frame.encode())
 
     async def _renew_lease(self) -> None:
-        members = await self._bus.key_value(
-            self._subjects.members_bucket, ttl_seconds=_LEASE_TTL_SECONDS
-        )
+        members = await open_members(self._bus, self._subjects, _LEASE_TTL_SECONDS)
         while True:
             await members.put(worker_key(self.worker_id), self._info().encode())
             await asyncio.sleep(_LEASE_TTL_SECONDS / 3)
@@ -201,7 +200,7 @@ async def publish_plan(
         reason="stub workers",
         created_at=time.time(),
     )
-    bucket = await bus.key_value(subjects.plan_bucket, history=8)
+    bucket = await open_plan(bus, subjects)
     await bucket.put(PLAN_KEY, plan.encode())
 
 
