@@ -11,8 +11,8 @@ A batch is filled in three passes within `max_num_batched_tokens`:
 Progress. Only a request older than its victim may preempt it, so nothing can take the blocks of the
 oldest running request, which therefore finishes; then the next is the oldest. A request for which
 no younger one can give way waits with its blocks for the next batch: that wastes no computed token.
-A step that preempts or leaves a request without a block admits nobody, preempted requests resume
-before new ones start, and they must leave the larger `recovery_watermark` free.
+A step that preempts admits nobody, preempted requests resume before new ones start, and they must
+leave the larger `recovery_watermark` free.
 """
 
 from __future__ import annotations
@@ -40,22 +40,18 @@ class BatchBuilder:
 
     def build(self, now: float, *, admits_new: bool) -> None:
         """Run the three passes. Without `admits_new`, only preempted requests get seats."""
-        all_served = self._schedule_decodes()
+        self._schedule_decodes()
         self._schedule_prefills()
-        if all_served and not self.preempted:
+        if not self.preempted:
             self._admit(now, admits_new)
 
-    def _schedule_decodes(self) -> bool:
-        """First pass. Returns False if a request is left without a block for its next token."""
-        all_served = True
+    def _schedule_decodes(self) -> None:
+        """First pass. Whoever gets no block for its next token is left for a later batch."""
         for request in list(self._pool.running):
             if not _is_ready(request) or request.num_uncomputed_tokens > 1:
                 continue
             if self._make_room(request):
                 self._take(request)
-            else:
-                all_served = False
-        return all_served
 
     def _schedule_prefills(self) -> None:
         """Second pass."""
