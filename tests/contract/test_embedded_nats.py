@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -53,14 +52,16 @@ async def test_it_ends_and_leaves_nothing() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux only")
 async def test_it_dies_with_a_killed_parent() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PARENT, stdout=asyncio.subprocess.PIPE
+    )
     try:
         assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
+        pid = int(await asyncio.wait_for(parent.stdout.readline(), 20))
         assert is_running(pid)
     finally:
-        parent.send_signal(signal.SIGKILL)
-        parent.communicate(timeout=10)
+        parent.kill()
+        await asyncio.wait_for(parent.wait(), 10)
     await eventually(lambda: not is_running(pid))
 
 

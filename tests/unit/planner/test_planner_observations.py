@@ -1,0 +1,91 @@
+"""What the planner makes of acknowledgements and load reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.planner.observations import AckBoard, LoadBoard
+from shared.messages import AckState, LoadReport, PlanAck
+from tests.planner_support import plan_for
+
+
+def ack(worker_id: str, term: int = 1, epoch: int = 1, **fields: Any) -> PlanAck:
+    fields.setdefault("state", AckState.APPLIED)
+    return PlanAck(worker_id=worker_id, term=term, epoch=epoch, **fields)
+
+
+def load(worker_id: str, epoch: int = 1) -> LoadReport:
+    return LoadReport(
+        worker_id=worker_id,
+        group_id=f"g-{worker_id}",
+        epoch=epoch,
+        sequence=1,
+        block_size=16,
+        kv_blocks_total=10,
+        kv_blocks_used=0,
+        requests_running=0,
+        requests_waiting=0,
+        waiting_blocks=0,
+        num_preemptions=0,
+        engine_steps=0,
+    )
+
+
+def test_a_load_is_stale_until_reported_and_again_after_a_while() -> None:
+    board = LoadBoard(stale_seconds=2.0)
+    assert board.stale(["a"], now=0.0) == {"a"}
+    board.record(load("a", epoch=7), now=10.0)
+    assert board.stale(["a", "b"], now=12.0) == {"b"}
+    assert board.stale(["a", "b"], now=12.1) == {"a", "b"}
+    assert board.newest_epoch == 7
+    board.forget("a")
+    assert board.stale(["a"], now=10.0) == {"a"}
+
+
+def test_a_transition_is_applied_when_every_member_answered() -> None:
+    board = AckBoard(timeout_seconds=5.0)
+    board.expect(plan_for("a", "b", epoch=3), now=10.0)
+    board.record(ack("a", epoch=3))
+    board.record(ack("b", epoch=2))
+    assert board.settle(["a", "b"], now=11.0) is None
+    board.record(ack("b", epoch=4))
+    transition = board.settle(["a", "b"], now=12.5)
+    assert transition is not None
+    assert (transition.epoch, transition.result) == (3, "applied")
+    assert transition.phase_seconds == {"commit": 2.5}
+    assert board.settle(["a", "b"], now=13.0) is None
+
+
+def test_a_silent_worker_is_named_after_the_deadline() -> None:
+    board = AckBoard(timeout_seconds=5.0)
+    board.expect(plan_for("a", "b"), now=10.0)
+    board.record(ack("a"))
+    assert board.settle(["a", "b"], now=14.9) is None
+    transition = board.settle(["a", "b"], now=15.0)
+    assert transition is not None
+    assert transition.result == "no answer from b"
+
+
+def test_a_worker_that_left_is_not_waited_for() -> None:
+    board = AckBoard(timeout_seconds=5.0)
+    board.expect(plan_for("a", "b"), now=10.0)
+    board.record(ack("a"))
+    assert board.settle(["a"], now=10.1) is not None
+
+
+def test_a_refusal_is_told() -> None:
+    board = AckBoard(timeout_seconds=5.0)
+    board.expect(plan_for("a"), now=10.0)
+    board.record(ack("a", state=AckState.REFUSED, detail="no memory"))
+    transition = board.settle(["a"], now=10.1)
+    assert transition is not None
+    assert transition.result == "a refused: no memory"
+
+
+def test_the_highest_applied_version_counts_and_old_answers_do_not_replace_new_ones() -> None:
+    board = AckBoard(timeout_seconds=5.0)
+    assert board.applied == (0, 0)
+    board.record(ack("a", term=3, epoch=9))
+    board.record(ack("a", term=3, epoch=8))
+    board.record(ack("b", term=5, epoch=2, state=AckState.REFUSED))
+    assert board.applied == (3, 9)
