@@ -58,7 +58,7 @@ async def run(settings: RouterSettings) -> None:
     """
     configure_logging("router", settings.router_id, settings.log_format, settings.log_level)
     stop = stop_on_signals()
-    cache_dir = settings.cache_dir or default_cache_dir()
+    cache_dir = settings.cache_dir or default_cache_dir(os.environ)
     directory = await asyncio.to_thread(resolve_tokenizer, settings.model, cache_dir)
     tokenizer = load_tokenizer(directory)
     bus = await connect(
