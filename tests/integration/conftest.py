@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,17 +19,18 @@ async def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncItera
         yield cluster
 
 
-StartCluster = Callable[..., Any]
+StartCluster = Callable[..., Awaitable[Cluster]]
 
 
 @pytest_asyncio.fixture
-async def start_cluster(tmp_path: Path) -> AsyncIterator[StartCluster]:
+async def start_cluster(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[StartCluster]:
     """`await start_cluster(workers=2, ...)`: a cluster of the test's own, to kill and restart."""
     async with AsyncExitStack() as stack:
 
         async def start(**options: Any) -> Cluster:
-            directory = tmp_path / f"cluster-{len(list(tmp_path.iterdir()))}"
-            directory.mkdir()
-            return await stack.enter_async_context(Cluster(directory, **options))
+            cluster = Cluster(tmp_path_factory.mktemp("cluster"), **options)
+            return await stack.enter_async_context(cluster)
 
         yield start

@@ -172,7 +172,8 @@ class Cluster:
 
     async def cluster(self) -> Any:
         """What `GET /cluster` of the first router answers, None where nobody answers."""
-        return await self._get_json("/cluster")
+        status, body = await self._get(f"{self.url}/cluster")
+        return body if status == 200 else None
 
     async def ready_workers(self) -> set[str]:
         """Ids of the workers that `GET /cluster` calls ready."""
@@ -185,9 +186,6 @@ class Cluster:
         wanted = {worker.name for worker in self.workers if worker.is_running}
         deadline = time.monotonic() + timeout_seconds
         while not (wanted <= await self.ready_workers() and await self._routers_are_healthy()):
-            ended = [process for process in self.processes if not process.is_running]
-            if ended and time.monotonic() > deadline:
-                pytest.fail(f"{ended[0].name} has ended:\n{ended[0].log}")
             if time.monotonic() > deadline:
                 logs = "\n".join(f"--- {process.name}\n{process.log}" for process in self.processes)
                 pytest.fail(f"the cluster is not ready after {timeout_seconds:g} s\n{logs}")
@@ -242,26 +240,20 @@ class Cluster:
         running = [
             url for url, router in zip(self.urls, self.routers, strict=True) if router.is_running
         ]
-        answers = [await self._get_status(f"{url}/health") for url in running]
-        return all(status == 200 for status in answers)
+        answers = [await self._get(f"{url}/health") for url in running]
+        return all(status == 200 for status, _ in answers)
 
-    async def _get_json(self, path: str) -> Any:
+    async def _get(self, url: str) -> tuple[int, Any]:
+        """Status and JSON body, (0, None) where nobody answers."""
         timeout = aiohttp.ClientTimeout(total=5)
         try:
-            async with aiohttp.ClientSession(timeout=timeout) as session:
-                async with session.get(self.url + path) as response:
-                    return await response.json() if response.status == 200 else None
-        except (aiohttp.ClientError, TimeoutError):
-            return None
-
-    async def _get_status(self, url: str) -> int | None:
-        timeout = aiohttp.ClientTimeout(total=5)
-        try:
-            async with aiohttp.ClientSession(timeout=timeout) as session:
-                async with session.get(url) as response:
-                    return response.status
-        except (aiohttp.ClientError, TimeoutError):
-            return None
+            async with (
+                aiohttp.ClientSession(timeout=timeout) as session,
+                session.get(url) as response,
+            ):
+                return response.status, await response.json()
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return 0, None
 
 
 async def run_command(
