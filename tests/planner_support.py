@@ -1,4 +1,4 @@
-"""Workers that exist only as leases, acknowledgements and control answers; used to test planners."""
+"""Workers that exist only as leases, acknowledgements and control answers, to test planners."""
 
 from __future__ import annotations
 

@@ -3,10 +3,11 @@
     STANDBY --lease absent, empty or one's own: taken--> LEADING
     LEADING --renewal failed, or not renewed in time --> STANDBY
 
-The term is the revision at which the lease was taken, or more where a higher term is known, so it
-rises with every change of leader, even when the server lost its store. What keeps a paused former
-leader from writing is not this lease but the plan's revision: the new leader rewrites the plan
-first, and the old one's compare-and-set fails.
+The term is the second in which the lease was taken, or more where a higher term is known. (A
+revision, the usual choice, starts again at 1 when the server loses its store; a router that lived
+through that would refuse every plan of a planner and workers that did not.) What keeps a paused
+former leader from writing is not this lease but the plan's revision: the new leader rewrites the
+plan first, and the old one's compare-and-set fails.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class LeaderElection:
     """One planner's part in the election. `step` is to be called every third of the TTL.
 
     Args:
-        clock: seconds; injected for tests.
+        clock, wall_clock: seconds, monotonic and since 1970; injected for tests.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class LeaderElection:
         planner_id: str,
         ttl_seconds: float,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._bucket = leader_bucket
         self._planner_id = planner_id
         self._ttl_seconds = ttl_seconds
         self._clock = clock
+        self._wall_clock = wall_clock
         self._role = Role.STANDBY
         self._term = 0
         self._revision = 0
@@ -112,13 +115,11 @@ class LeaderElection:
         if entry is not None and self._is_held_by_another(entry):
             return
         started = self._clock()
-        self._term = 0
+        self._term = max(self._term + 1, known_term + 1, int(self._wall_clock()))
         if entry is None:
-            revision = await self._bucket.create(LEADER_KEY, self._value())
+            self._revision = await self._bucket.create(LEADER_KEY, self._value())
         else:
-            revision = await self._bucket.update(LEADER_KEY, self._value(), entry.revision)
-        self._term = max(revision, known_term + 1)
-        self._revision = await self._bucket.update(LEADER_KEY, self._value(), revision)
+            self._revision = await self._bucket.update(LEADER_KEY, self._value(), entry.revision)
         self._valid_until = started + self._ttl_seconds
         self._role = Role.LEADING
         self._log.info("leader.took_the_lead", term=self._term)

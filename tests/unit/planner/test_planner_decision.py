@@ -147,21 +147,20 @@ def test_versions_only_rise_and_the_decision_settles(
     events: list[tuple[str, str, bool]],
 ) -> None:
     world = World()
-    for event, worker_id, held in events:
+    for second, (event, worker_id, held) in enumerate(events, start=2):
         match event:
             case "join":
                 world.living.add(worker_id)
             case "leave":
                 world.living.discard(worker_id)
             case "new leader":
-                world.remembered, world.term = world.stored, world.term + 1
+                world.remembered = world.stored
+                world.term = max(world.term + 1, second)
             case "lose store":
                 world.stored = None
             case "lose store and planner":
                 world.stored = world.remembered = None
-                world.term = 1
-        if world.applied == (0, 0) and world.stored is None and world.remembered is None:
-            world.versions.clear()  # nothing and nobody knows of the versions before
+                world.term = max(world.applied[0] + 1, second)
         world.step(held)
         written = len(world.versions)
         world.step(held)

@@ -27,12 +27,13 @@ class World:
 
     def __init__(self) -> None:
         self.clock = Clock()
+        self.wall_clock = Clock(100.0)
         self.server = MemoryServer(clock=self.clock)
 
     async def planner(self, planner_id: str) -> LeaderElection:
         self.bus = MemoryBus(self.server, planner_id)
         self.bucket = await self.bus.key_value("leader", ttl_seconds=TTL_SECONDS)
-        return LeaderElection(self.bucket, planner_id, TTL_SECONDS, self.clock)
+        return LeaderElection(self.bucket, planner_id, TTL_SECONDS, self.clock, self.wall_clock)
 
     async def lease(self) -> LeaderLease | None:
         entry = await self.bucket.get(LEADER_KEY)
@@ -122,6 +123,17 @@ async def test_an_outage_ends_the_lead_and_it_comes_back_with_a_higher_term(
         assert planner.term > term
         term = planner.term
     await world.bus.close()
+
+
+async def test_a_later_leader_has_a_higher_term_though_nobody_remembers_the_former() -> None:
+    terms = []
+    for day in range(3):
+        world = World()
+        world.wall_clock.now += day * 86400
+        planner = await world.planner("a")
+        await planner.step(known_term=0)
+        terms.append(planner.term)
+    assert terms == sorted(set(terms))
 
 
 async def test_the_term_is_above_every_term_heard_of(world: World) -> None:
