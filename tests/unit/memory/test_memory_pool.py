@@ -1,0 +1,289 @@
+"""Dropping layers grows the KV of the others in place, restoring brings them back."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from services.worker.memory.base import ChunkRun, VirtualRange
+from services.worker.memory.cpu import CpuMemory
+from services.worker.memory.errors import DeviceMemoryError, OutOfChunksError
+from services.worker.memory.pool import KvRegion, MemoryPool
+
+CHUNK = 64 * 1024
+BLOCK = 24 * 1024  # blocks do not end where chunks do
+NUM_LAYERS = 4
+ARENA = 2 * CHUNK - 1000
+
+
+def _fill_block(region: KvRegion, block: int, value: int) -> None:
+    ctypes.memset(region.address + block * BLOCK, value, BLOCK)
+
+
+def _block(region: KvRegion, block: int) -> bytes:
+    return ctypes.string_at(region.address + block * BLOCK, BLOCK)
+
+
+class Model:
+    """A pool with the arenas and KV ranges of a small model."""
+
+    def __init__(self, num_chunks: int) -> None:
+        self.memory = CpuMemory(num_chunks * CHUNK, CHUNK)
+        self.pool = MemoryPool(self.memory)
+        layers = range(NUM_LAYERS)
+        self.arenas = [self.pool.weight_arena(f"layer {i}", ARENA) for i in layers]
+        self.regions = [self.pool.kv_region(i, BLOCK) for i in layers]
+
+
+@pytest.fixture
+def model() -> Iterator[Model]:
+    made = Model(16)
+    yield made
+    made.pool.close()
+
+
+def test_the_kv_gets_what_the_weights_leave(model: Model) -> None:
+    assert model.pool.grow_kv_evenly(range(NUM_LAYERS)) == 2 * CHUNK // BLOCK
+    usage = model.pool.usage
+    assert (usage.weight_bytes, usage.kv_bytes, usage.free_bytes) == (8 * CHUNK, 8 * CHUNK, 0)
+    model.pool.check_integrity()
+
+
+def test_drop_grows_the_remaining_layers_at_their_tail(model: Model) -> None:
+    pool, kept = model.pool, (0, 1)
+    before = pool.grow_kv_evenly(range(NUM_LAYERS))
+    for block in range(before):
+        for region in model.regions:
+            _fill_block(region, block, 10 * block + region.layer + 1)
+
+    for layer in (2, 3):
+        pool.drop_arena(f"layer {layer}")
+    pool.shrink_kv((2, 3), 0)
+    after = pool.grow_kv_evenly(kept)
+
+    assert after == (2 + 4) * CHUNK // BLOCK
+    assert pool.usage.free_bytes == 0
+    for layer in kept:
+        region = model.regions[layer]
+        _fill_block(region, after - 1, 255)  # all of the new memory can be written
+        for block in range(before):
+            assert _block(region, block) == bytes([10 * block + layer + 1]) * BLOCK
+    pool.check_integrity()
+
+
+def test_restore_brings_the_weights_back_at_the_same_addresses(model: Model) -> None:
+    pool, everything = model.pool, range(NUM_LAYERS)
+    blocks = pool.grow_kv_evenly(everything)
+    _fill_block(model.regions[0], blocks - 1, 7)
+    pool.drop_arena("layer 3")
+    pool.shrink_kv((3,), 0)
+    pool.grow_kv_evenly((0, 1, 2))
+    assert not pool.is_mapped("layer 3")
+    with pytest.raises(OutOfChunksError):
+        pool.restore_arena("layer 3")
+
+    pool.shrink_kv((0, 1, 2), blocks)
+    pool.restore_arena("layer 3")
+
+    assert pool.is_mapped("layer 3")
+    ctypes.memset(model.arenas[3].address, 1, ARENA)
+    assert pool.grow_kv_evenly(everything) == blocks
+    assert _block(model.regions[0], blocks - 1) == bytes([7]) * BLOCK
+    pool.check_integrity()
+
+
+def test_the_whole_budget_can_be_the_kv_of_one_layer(model: Model) -> None:
+    for layer in range(NUM_LAYERS):
+        model.pool.drop_arena(f"layer {layer}")
+    blocks = model.pool.grow_kv_evenly((1,))
+    assert blocks == 16 * CHUNK // BLOCK
+    _fill_block(model.regions[1], blocks - 1, 3)
+
+
+def test_dropping_and_restoring_twice_changes_nothing(model: Model) -> None:
+    model.pool.restore_arena("layer 0")
+    model.pool.drop_arena("layer 0")
+    free = model.pool.usage.free_bytes
+    model.pool.drop_arena("layer 0")
+    assert model.pool.usage.free_bytes == free
+    model.pool.check_integrity()
+
+
+def test_shrinking_keeps_the_chunk_of_the_last_block(model: Model) -> None:
+    model.pool.grow_kv_evenly((0,))
+    _fill_block(model.regions[0], 2, 9)  # bytes [48 KiB, 72 KiB): reaches into the second chunk
+    model.pool.shrink_kv((0,), 3)
+    assert model.pool.usage.kv_bytes == 2 * CHUNK
+    assert _block(model.regions[0], 2) == bytes([9]) * BLOCK
+
+
+def test_resident_memory_never_exceeds_the_budget_and_trimming_gives_free_chunks_back(
+    model: Model,
+) -> None:
+    pool = model.pool
+    for arena in model.arenas:
+        ctypes.memset(arena.address, 1, 2 * CHUNK)
+    pool.drop_arena("layer 0")
+    pool.drop_arena("layer 1")
+    assert model.memory.resident_bytes == 8 * CHUNK
+    pool.grow_kv_evenly((2,))
+    for block in range(pool.num_kv_blocks((2,))):
+        _fill_block(model.regions[2], block, 5)
+    assert model.memory.resident_bytes <= pool.budget_bytes
+    pool.shrink_kv((2,), 0)
+    pool.trim()
+    assert model.memory.resident_bytes == 4 * CHUNK
+    assert ctypes.string_at(model.arenas[3].address, 4) == b"\x01" * 4
+
+
+def test_an_arena_that_does_not_fit_leaves_nothing_behind(model: Model) -> None:
+    with pytest.raises(OutOfChunksError):
+        model.pool.weight_arena("head", 9 * CHUNK)
+    model.pool.check_integrity()
+    assert model.pool.weight_arena("head", 8 * CHUNK).nbytes == 8 * CHUNK
+
+
+@pytest.mark.parametrize("name", ["layer 9", ""])
+def test_an_unknown_arena_is_an_error(model: Model, name: str) -> None:
+    with pytest.raises(ValueError, match="no arena"):
+        model.pool.drop_arena(name)
+
+
+def test_names_and_layers_are_used_once(model: Model) -> None:
+    with pytest.raises(ValueError, match="already"):
+        model.pool.weight_arena("layer 0", CHUNK)
+    with pytest.raises(ValueError, match="already"):
+        model.pool.kv_region(0, BLOCK)
+
+
+class _FailingRange:
+    """A range of the real memory whose second `map` the system refuses."""
+
+    def __init__(self, real: VirtualRange) -> None:
+        self._real = real
+        self._maps_left = 1
+
+    @property
+    def address(self) -> int:
+        return self._real.address
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self._real.reserved_bytes
+
+    def map(self, position: int, run: ChunkRun) -> None:
+        if self._maps_left == 0:
+            raise DeviceMemoryError("cannot map: Cannot allocate memory")
+        self._maps_left -= 1
+        self._real.map(position, run)
+
+    def unmap(self, position: int, count: int) -> None:
+        self._real.unmap(position, count)
+
+    def close(self) -> None:
+        self._real.close()
+
+
+class _FailingMemory(CpuMemory):
+    """Real memory, but ranges of 3 chunks fail half-way."""
+
+    def reserve(self, nbytes: int) -> VirtualRange:
+        real = super().reserve(nbytes)
+        return _FailingRange(real) if real.reserved_bytes == 3 * CHUNK else real
+
+
+def test_a_map_refused_half_way_is_undone() -> None:
+    pool = MemoryPool(_FailingMemory(6 * CHUNK, CHUNK))
+    for name in "abcdef":
+        pool.weight_arena(name, CHUNK)
+    for name in "ace":  # leaves three single free chunks, so three maps
+        pool.drop_arena(name)
+    with pytest.raises(DeviceMemoryError, match="Cannot allocate"):
+        pool.weight_arena("large", 3 * CHUNK)
+    pool.check_integrity()
+    assert pool.usage.free_bytes == 3 * CHUNK
+    pool.restore_arena("a")
+    pool.close()
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Random drops, restores, growth and shrinking; contents are checked after each."""
+
+    @initialize(num_chunks=st.integers(2 * NUM_LAYERS, 20))
+    def start(self, num_chunks: int) -> None:
+        self.model = Model(num_chunks)
+        self.addresses = [region.address for region in self.model.regions]
+        self.dropped: set[int] = set()
+        self.num_blocks = dict.fromkeys(range(NUM_LAYERS), 0)
+        self.stamp = 0
+
+    @property
+    def held(self) -> list[int]:
+        return [layer for layer in range(NUM_LAYERS) if layer not in self.dropped]
+
+    @rule(layer=st.integers(0, NUM_LAYERS - 1))
+    def drop(self, layer: int) -> None:
+        self.model.pool.drop_arena(f"layer {layer}")
+        self.model.pool.shrink_kv((layer,), 0)
+        self.dropped.add(layer)
+        self.num_blocks[layer] = 0
+
+    @rule(layer=st.integers(0, NUM_LAYERS - 1))
+    def restore(self, layer: int) -> None:
+        fits = self.model.pool.usage.free_bytes >= 2 * CHUNK or layer not in self.dropped
+        if not fits:
+            with pytest.raises(OutOfChunksError):
+                self.model.pool.restore_arena(f"layer {layer}")
+            return
+        self.model.pool.restore_arena(f"layer {layer}")
+        ctypes.memset(self.model.arenas[layer].address, 0xAA, ARENA)
+        self.dropped.discard(layer)
+
+    @rule()
+    def grow(self) -> None:
+        if self.held:
+            total = self.model.pool.grow_kv_evenly(self.held)
+            assert total >= min(self.num_blocks[layer] for layer in self.held)
+            for layer in self.held:
+                for block in range(self.num_blocks[layer], total):
+                    _fill_block(self.model.regions[layer], block, self._value(layer, block))
+                self.num_blocks[layer] = max(total, self.num_blocks[layer])
+
+    @rule(num_blocks=st.integers(0, 12))
+    def shrink(self, num_blocks: int) -> None:
+        self.model.pool.shrink_kv(self.held, num_blocks)
+        for layer in self.held:
+            self.num_blocks[layer] = min(self.num_blocks[layer], num_blocks)
+
+    @rule()
+    def trim(self) -> None:
+        self.model.pool.trim()
+
+    @staticmethod
+    def _value(layer: int, block: int) -> int:
+        return (layer * 50 + block) % 256
+
+    @invariant()
+    def books_and_contents_are_right(self) -> None:
+        pool = self.model.pool
+        pool.check_integrity()
+        usage = pool.usage
+        assert usage.weight_bytes + usage.kv_bytes + usage.free_bytes == pool.budget_bytes
+        assert self.model.memory.resident_bytes <= pool.budget_bytes
+        assert [region.address for region in self.model.regions] == self.addresses
+        for layer, num_blocks in self.num_blocks.items():
+            for block in range(num_blocks):
+                expected = bytes([self._value(layer, block)]) * BLOCK
+                assert _block(self.model.regions[layer], block) == expected
+
+    def teardown(self) -> None:
+        self.model.pool.close()
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
