@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -27,9 +25,9 @@ from shared.bus.base import (
     NoRespondersError,
     PayloadTooLargeError,
     ReconnectHandler,
-    RevisionConflictError,
     Subscription,
 )
+from shared.bus.memory_kv import Bucket, MemoryKeyValue, StoredValue
 from shared.bus.watch import WatchFeed
 
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
@@ -47,20 +45,6 @@ def subject_matches(pattern: str, subject: str) -> bool:
     return len(patterns) == len(tokens)
 
 
-@dataclass
-class _Stored:
-    value: bytes | None
-    revision: int
-    written_at: float
-
-
-@dataclass
-class _Bucket:
-    ttl_seconds: float | None
-    revision: int = 0
-    keys: dict[str, _Stored] = field(default_factory=dict)
-
-
 class MemoryServer:
     """What the clients of one process share.
 
@@ -74,7 +58,7 @@ class MemoryServer:
         self.max_payload_bytes = max_payload_bytes
         self.running = True
         self._clock = clock
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[str, Bucket] = {}
         self._subscriptions: list[MemorySubscription] = []
         self._turn = itertools.count()
         self._buses: list[MemoryBus] = []
@@ -127,9 +111,9 @@ class MemoryServer:
             members[next(self._turn) % len(members)].enqueue(message)
         return wanted
 
-    def bucket(self, name: str, ttl_seconds: float | None) -> _Bucket:
+    def bucket(self, name: str, ttl_seconds: float | None) -> Bucket:
         """Open or create a bucket, expired keys removed."""
-        bucket = self._buckets.setdefault(name, _Bucket(ttl_seconds))
+        bucket = self._buckets.setdefault(name, Bucket(ttl_seconds))
         if bucket.ttl_seconds is not None:
             oldest = self._clock() - bucket.ttl_seconds
             for key in [key for key, stored in bucket.keys.items() if stored.written_at <= oldest]:
@@ -142,7 +126,7 @@ class MemoryServer:
         """Store a value, or a deletion, and tell the watchers."""
         bucket = self.bucket(name, ttl_seconds)
         bucket.revision += 1
-        bucket.keys[key] = _Stored(value, bucket.revision, self._clock())
+        bucket.keys[key] = StoredValue(value, bucket.revision, self._clock())
         entry = KeyValueEntry(key, value, bucket.revision)
         for bus in self._buses:
             bus.tell_watchers(name, entry)
@@ -184,67 +168,6 @@ class MemorySubscription:
         """Stop delivery. Idempotent."""
         self.bus.server.unsubscribe(self)
         self._task.cancel()
-
-
-class MemoryKeyValue:
-    """One bucket as one client sees it."""
-
-    def __init__(self, bus: MemoryBus, name: str, ttl_seconds: float | None) -> None:
-        self._bus = bus
-        self._name = name
-        self._ttl_seconds = ttl_seconds
-
-    def _bucket(self) -> _Bucket:
-        self._bus.require_connection()
-        return self._bus.server.bucket(self._name, self._ttl_seconds)
-
-    def _write(self, key: str, value: bytes | None) -> int:
-        if value is not None and len(value) > self._bus.max_payload_bytes:
-            raise PayloadTooLargeError(f"value of key {key} has {len(value)} bytes")
-        return self._bus.server.write(self._name, self._ttl_seconds, key, value).revision
-
-    async def get(self, key: str) -> KeyValueEntry | None:
-        stored = self._bucket().keys.get(key)
-        if stored is None or stored.value is None:
-            return None
-        return KeyValueEntry(key, stored.value, stored.revision)
-
-    async def put(self, key: str, value: bytes) -> int:
-        self._bucket()
-        return self._write(key, value)
-
-    async def create(self, key: str, value: bytes) -> int:
-        stored = self._bucket().keys.get(key)
-        if stored is not None and stored.value is not None:
-            raise RevisionConflictError(f"key {key} has a value")
-        return self._write(key, value)
-
-    async def update(self, key: str, value: bytes, revision: int) -> int:
-        stored = self._bucket().keys.get(key)
-        if (stored.revision if stored else 0) != revision:
-            raise RevisionConflictError(f"key {key} is no longer at revision {revision}")
-        return self._write(key, value)
-
-    async def delete(self, key: str) -> None:
-        self._bucket()
-        self._write(key, None)
-
-    async def entries(self) -> dict[str, KeyValueEntry]:
-        return {
-            key: KeyValueEntry(key, stored.value, stored.revision)
-            for key, stored in self._bucket().keys.items()
-            if stored.value is not None
-        }
-
-    async def watch(self) -> AsyncGenerator[KeyValueEntry, None]:
-        feed = WatchFeed(self.entries)
-        self._bus.watchers.append((self._name, feed))
-        try:
-            async with aclosing(feed.changes()) as changes:
-                async for entry in changes:
-                    yield entry
-        finally:
-            self._bus.watchers.remove((self._name, feed))
 
 
 class MemoryBus:

@@ -9,13 +9,10 @@ traceback of its own, and its key-value buckets and watches outlive a server tha
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult
 
 import nats.errors
 import nats.js.errors
@@ -26,19 +23,21 @@ from nats.aio.subscription import Subscription as ClientSubscription
 
 from shared.bus.base import (
     BusDisconnectedError,
-    BusError,
     BusMessage,
     BusStats,
     BusTimeoutError,
     MessageHandler,
     NoRespondersError,
-    PayloadTooLargeError,
     ReconnectHandler,
     Subscription,
 )
+from shared.bus.nats_faults import forward_client_log, translate
 from shared.bus.nats_kv import BucketConfig, NatsKeyValue
+from shared.bus.nats_login import Credentials, login_options, parse_url
 from shared.bus.watch import WatchFeed
 from shared.errors import ConfigError
+
+__all__ = ["Credentials", "NatsBus", "NatsSubscription", "connect"]
 
 PING_INTERVAL_SECONDS = 10
 MAX_OUTSTANDING_PINGS = 2
@@ -52,28 +51,6 @@ HEADER_STATUS, STATUS_NO_RESPONDERS = "Status", "503"
 HEADER_SUBJECT = "Nats-Subject"
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """How to log in beyond user and password in the URL: a NATS credentials file, or an nkey."""
-
-    creds_file: Path | None = None
-    nkey_file: Path | None = None
-
-    def check(self) -> None:
-        """Raise ConfigError where the files cannot be used."""
-        if self.creds_file is not None and self.nkey_file is not None:
-            raise ConfigError("give either --nats-creds or --nats-nkey, not both")
-        for option, path in (("--nats-creds", self.creds_file), ("--nats-nkey", self.nkey_file)):
-            if path is None:
-                continue
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise ConfigError(f"{option}: cannot read {path}: {error.strerror}") from error
-            if not _has_seed(content):
-                raise ConfigError(f"{option}: {path} holds no NATS user seed")
 
 
 async def connect(
@@ -97,7 +74,7 @@ async def connect(
     credentials = credentials or Credentials()
     credentials.check()
     bus = NatsBus(service, instance)
-    await bus.open(_parse_url(url), credentials, connect_timeout_seconds)
+    await bus.open(parse_url(url), credentials, connect_timeout_seconds)
     return bus
 
 
@@ -123,7 +100,7 @@ class NatsBus:
         self, url: SplitResult, credentials: Credentials, connect_timeout_seconds: float
     ) -> None:
         """Connect; see `connect`."""
-        _forward_client_log()
+        forward_client_log()
         where = url.netloc.rpartition("@")[2]
         connecting = asyncio.ensure_future(self._client.connect(**self._options(url, credentials)))
         outcomes: set[asyncio.Future[Any]] = {connecting, self._refusal}
@@ -170,16 +147,7 @@ class NatsBus:
             "flush_timeout": FLUSH_TIMEOUT_SECONDS,
             "pending_size": PENDING_BYTES,
         }
-        if credentials.creds_file is not None:
-            options["user_credentials"] = str(credentials.creds_file)
-        elif credentials.nkey_file is not None:
-            options["nkeys_seed"] = str(credentials.nkey_file)
-        elif url.username and url.password is None:
-            options["token"] = unquote(url.username)
-        elif url.username:
-            options["user"] = unquote(url.username)
-            options["password"] = unquote(url.password or "")
-        return options
+        return options | login_options(url, credentials)
 
     # --- what nats-py tells us -------------------------------------------------------------------
 
@@ -240,7 +208,7 @@ class NatsBus:
         try:
             await self._client.publish(subject, payload, reply=reply)
         except nats.errors.Error as error:
-            raise _translate(error, subject, len(payload)) from error
+            raise translate(error, subject, len(payload)) from error
 
     async def request(self, subject: str, payload: bytes, *, timeout_seconds: float) -> bytes:
         answer: Msg = await self.while_connected(
@@ -282,7 +250,7 @@ class NatsBus:
         except nats.js.errors.Error:
             raise
         except nats.errors.Error as error:
-            raise _translate(error, subject, payload_bytes) from error
+            raise translate(error, subject, payload_bytes) from error
 
     async def subscribe(
         self, subject: str, handler: MessageHandler, *, queue: str = ""
@@ -317,7 +285,7 @@ class NatsBus:
         try:
             subscription = await self._client.subscribe(subject, queue=queue, cb=guarded)
         except nats.errors.Error as error:
-            raise _translate(error, subject) from error
+            raise translate(error, subject) from error
         try:
             await self.flush(timeout_seconds=FLUSH_TIMEOUT_SECONDS)
         except (BusDisconnectedError, BusTimeoutError) as error:
@@ -379,57 +347,3 @@ class NatsSubscription:
             await self._subscription.unsubscribe()
         except (nats.errors.ConnectionClosedError, nats.errors.ConnectionDrainingError):
             return
-
-
-class _ClientLogHandler(logging.Handler):
-    """Turns nats-py's log records, tracebacks included, into one structured line each."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        cause = record.exc_info[1] if record.exc_info else None
-        structlog.get_logger(component="bus").warning(
-            "bus.client_log", message=record.getMessage(), error=repr(cause) if cause else ""
-        )
-
-
-def _forward_client_log() -> None:
-    logger = logging.getLogger("nats")
-    if not any(isinstance(handler, _ClientLogHandler) for handler in logger.handlers):
-        logger.addHandler(_ClientLogHandler())
-        logger.propagate = False
-
-
-def _parse_url(url: str) -> SplitResult:
-    try:
-        parts = urlsplit(url if "://" in url else f"nats://{url}")
-        usable = parts.scheme in ("nats", "tls") and bool(parts.hostname)
-        usable = usable and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ConfigError("the NATS URL must look like nats://host:4222 or tls://host:4222")
-    return parts
-
-
-def _has_seed(content: bytes) -> bool:
-    return any(
-        line.startswith(b"SU") and len(line) == 58
-        for line in (line.strip() for line in content.splitlines())
-    )
-
-
-def _translate(error: nats.errors.Error, subject: str, payload_bytes: int = 0) -> BusError:
-    match error:
-        case nats.errors.NoRespondersError():
-            return NoRespondersError(f"nobody listens on {subject}")
-        case nats.errors.TimeoutError():
-            return BusTimeoutError(f"no answer on {subject} in time")
-        case nats.errors.MaxPayloadError():
-            return PayloadTooLargeError(f"message to {subject} has {payload_bytes} bytes")
-        case nats.errors.OutboundBufferLimitError():
-            return BusDisconnectedError("disconnected from NATS and the send buffer is full")
-        case nats.errors.ConnectionClosedError() | nats.errors.ConnectionDrainingError():
-            return BusDisconnectedError("the connection to NATS is closed")
-        case nats.errors.BadSubjectError():
-            return BusError(f"{subject!r} is no subject")
-        case _:
-            return BusError(str(error))

@@ -11,11 +11,11 @@ import pytest
 
 from shared.bus.base import KeyValue
 from shared.bus.memory import MemoryBus, MemoryServer
+from shared.member_table import MemberTable
 from shared.membership import (
     Lease,
     MemberEvent,
     MemberEventKind,
-    MemberTable,
     MemberView,
 )
 from shared.messages import PlannerInfo, RouterInfo, WorkerState
