@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import itertools
 import os
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from services.worker.memory.base import ChunkRun, PhysicalMemory
 from services.worker.memory.cpu import CpuMemory
 from services.worker.memory.errors import DeviceMemoryError, DeviceMemoryTooSmallError
 from shared.errors import ConfigError
+from tests.memory_access import is_accessible
 
 CHUNK = 64 * 1024
 NUM_CHUNKS = 8
@@ -47,18 +47,7 @@ class CpuDevice:
         return ctypes.string_at(address, nbytes)
 
     def is_accessible(self, address: int) -> bool:
-        """Let the kernel read a byte there: it answers EFAULT where a load would end us."""
-        reader, writer = os.pipe()
-        try:
-            os.write(writer, (ctypes.c_char * 1).from_address(address))
-        except OSError as error:
-            if error.errno != errno.EFAULT:
-                raise
-            return False
-        finally:
-            os.close(reader)
-            os.close(writer)
-        return True
+        return is_accessible(address)
 
 
 DEVICES: tuple[Device, ...] = (CpuDevice(),)

@@ -14,6 +14,7 @@ from services.worker.memory.base import ChunkRun, VirtualRange
 from services.worker.memory.cpu import CpuMemory
 from services.worker.memory.errors import DeviceMemoryError, OutOfChunksError
 from services.worker.memory.pool import KvRegion, MemoryPool
+from tests.memory_access import is_accessible
 
 CHUNK = 64 * 1024
 BLOCK = 24 * 1024  # blocks do not end where chunks do
@@ -190,24 +191,26 @@ class _FailingRange:
 
 
 class _FailingMemory(CpuMemory):
-    """Real memory, but ranges of 3 chunks fail half-way."""
+    """Real memory, but ranges as long as the budget (those of the KV) fail half-way."""
 
     def reserve(self, nbytes: int) -> VirtualRange:
         real = super().reserve(nbytes)
-        return _FailingRange(real) if real.reserved_bytes == 3 * CHUNK else real
+        is_kv = real.reserved_bytes == self.num_chunks * self.chunk_bytes
+        return _FailingRange(real) if is_kv else real
 
 
 def test_a_map_refused_half_way_is_undone() -> None:
     pool = MemoryPool(_FailingMemory(6 * CHUNK, CHUNK))
     for name in "abcdef":
         pool.weight_arena(name, CHUNK)
+    region = pool.kv_region(0, BLOCK)
     for name in "ace":  # leaves three single free chunks, so three maps
         pool.drop_arena(name)
     with pytest.raises(DeviceMemoryError, match="Cannot allocate"):
-        pool.weight_arena("large", 3 * CHUNK)
+        pool.grow_kv_evenly((0,))
     pool.check_integrity()
-    assert pool.usage.free_bytes == 3 * CHUNK
-    pool.restore_arena("a")
+    assert (pool.num_kv_blocks((0,)), pool.usage.free_bytes) == (0, 3 * CHUNK)
+    assert not is_accessible(region.address)
     pool.close()
 
 
@@ -276,6 +279,11 @@ class PoolMachine(RuleBasedStateMachine):
         assert usage.weight_bytes + usage.kv_bytes + usage.free_bytes == pool.budget_bytes
         assert self.model.memory.resident_bytes <= pool.budget_bytes
         assert [region.address for region in self.model.regions] == self.addresses
+        for layer, arena in enumerate(self.model.arenas):
+            assert is_accessible(arena.address) == (layer not in self.dropped)
+        for region in self.model.regions:
+            beyond = (pool.num_kv_blocks((region.layer,)) * BLOCK // CHUNK + 1) * CHUNK
+            assert beyond >= pool.budget_bytes or not is_accessible(region.address + beyond)
         for layer, num_blocks in self.num_blocks.items():
             for block in range(num_blocks):
                 expected = bytes([self._value(layer, block)]) * BLOCK
