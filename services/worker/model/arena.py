@@ -12,7 +12,7 @@ them again. Matrices are packed for the GEMM (`services/worker/kernels`), vector
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,11 +59,15 @@ class ArenaLayout:
         """Address of part `name` in an arena at `base_address`; 0 where it has no such part."""
         return base_address + self._offsets[name] if name in self._offsets else 0
 
-    def fill(self, base_address: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write the checkpoint's tensors (float32, by their names) into a mapped arena."""
+    def fill(self, base_address: int, read: Callable[[str], torch.Tensor]) -> None:
+        """Write a mapped arena.
+
+        Args:
+            read: gives a tensor of the checkpoint, float32, by the name in `PartSpec.sources`.
+        """
         for part in self._parts.values():
             address = self.address(base_address, part.name)
-            stacked = [tensors[name] for name in part.sources]
+            stacked = [read(name) for name in part.sources]
             value = stacked[0] if len(stacked) == 1 else torch.cat(stacked)
             if part.is_packed:
                 self._kernels.pack_weight(value.contiguous(), address)

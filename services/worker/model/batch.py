@@ -36,14 +36,7 @@ class ForwardBatch:
     seqused_k: torch.Tensor  # [num_seqs] int32
     block_table: torch.Tensor  # [num_seqs, max_blocks] int32, padded with 0
     logits_rows: torch.Tensor  # [num_logits] int64: rows of tokens whose logits are wanted
-
-    @property
-    def num_tokens(self) -> int:
-        return self.token_ids.numel()
-
-    @property
-    def num_seqs(self) -> int:
-        return self.seqused_k.numel()
+    end_position: int  # above every position
 
 
 def make_batch(slices: Sequence[SequenceSlice], block_size: int) -> ForwardBatch:
@@ -66,4 +59,5 @@ def make_batch(slices: Sequence[SequenceSlice], block_size: int) -> ForwardBatch
         seqused_k=(starts + lengths).to(torch.int32),
         block_table=block_table,
         logits_rows=(ends - 1)[wanted],
+        end_position=max(item.start + len(item.token_ids) for item in slices),
     )

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from services.worker.model.config import ModelConfig
+from services.worker.model.layers.factory import layer_shapes
 from shared.errors import ConfigError
 from shared.models.errors import ModelSourceError
 from shared.models.source import INDEX_FILE, SINGLE_FILE, check_directory, read_json_object
@@ -60,33 +61,6 @@ class StoredTensor:
 
     def nbytes_as(self, dtype: torch.dtype) -> int:
         return math.prod(self.shape) * dtype.itemsize
-
-
-def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of one decoder layer by its short name, e.g. `mlp.up_proj.weight`."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linears = {
-        "self_attn.q_proj": (q, hidden, config.qkv_bias),
-        "self_attn.k_proj": (kv, hidden, config.qkv_bias),
-        "self_attn.v_proj": (kv, hidden, config.qkv_bias),
-        "self_attn.o_proj": (hidden, q, config.o_bias),
-        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
-        "mlp.up_proj": (inner, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, inner, config.mlp_bias),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    for name, (rows, columns, has_bias) in linears.items():
-        shapes[f"{name}.weight"] = (rows, columns)
-        if has_bias:
-            shapes[f"{name}.bias"] = (rows,)
-    if config.qk_norm:
-        shapes["self_attn.q_norm.weight"] = (config.head_dim,)
-        shapes["self_attn.k_norm.weight"] = (config.head_dim,)
-    return shapes
 
 
 class Checkpoint:

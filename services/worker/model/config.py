@@ -6,13 +6,14 @@ layers are built from these numbers. Field names are vLLM's where it has one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from services.worker.model.config_fields import Fields
+from services.worker.model.transformers_config import transformers_config
 from shared.errors import ConfigError
 from shared.models.source import read_json_object
 
@@ -24,6 +25,15 @@ class Architecture(StrEnum):
     MISTRAL = "MistralForCausalLM"
     QWEN2 = "Qwen2ForCausalLM"
     QWEN3 = "Qwen3ForCausalLM"
+    OLMO2 = "Olmo2ForCausalLM"
+    PHI3 = "Phi3ForCausalLM"
+    SEED_OSS = "SeedOssForCausalLM"
+    SMOLLM3 = "SmolLM3ForCausalLM"
+
+    @property
+    def is_llama_family(self) -> bool:
+        """True for those that one fused layer serves; Hugging Face's own layer serves the rest."""
+        return self in (self.LLAMA, self.MISTRAL, self.QWEN2, self.QWEN3)
 
 
 class LayerType(StrEnum):
@@ -33,7 +43,6 @@ class LayerType(StrEnum):
     SLIDING = "sliding_attention"
 
 
-_SUPPORTED_ACTIVATION = "silu"
 _DEFAULT_ROPE_THETA = 10000.0
 _DEFAULT_ROPE_TYPE = "default"
 _MISTRAL_DEFAULT_WINDOW = 4096
@@ -48,7 +57,9 @@ class ModelConfig:
 
     `rope_scaling` is the dict that modifies the plain rotary embedding (with `rope_type`), None
     when nothing does. `eos_token_ids` come from generation_config.json and config.json together.
-    `raw` is the whole config.json, for code that hands it to transformers.
+    `qkv_bias` to `qk_norm` describe the layers of the Llama family; of other architectures only
+    transformers knows such details. `raw` is the whole config.json, for transformers to read; of
+    other architectures it also has transformers' defaults.
     """
 
     architecture: Architecture
@@ -89,8 +100,11 @@ class ModelConfig:
         cls, raw: Mapping[str, Any], generation: Mapping[str, Any], *, where: str
     ) -> ModelConfig:
         """Checks every field; a `ConfigError` names `where` and the field that cannot work."""
-        fields = _Fields(raw, where)
+        fields = Fields(raw, where)
         architecture = _architecture(fields)
+        if not architecture.is_llama_family:
+            raw = transformers_config(raw, where).to_dict()
+            fields = Fields(raw, where)
         _refuse_variants(fields)
         num_heads = fields.count("num_attention_heads")
         num_layers = fields.count("num_hidden_layers")
@@ -142,50 +156,7 @@ class ModelConfig:
         return self.sliding_window if self.layer_types[layer] is LayerType.SLIDING else None
 
 
-class _Fields:
-    """Reads typed values out of a config.json; errors name the file and the field."""
-
-    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
-        self.raw = raw
-        self.where = where
-
-    def error(self, name: str, problem: str) -> ConfigError:
-        value = self.raw.get(name)
-        shown = f"{name} = {value!r}" if name in self.raw else f"{name}, which is missing,"
-        return ConfigError(f"{self.where}: {shown} {problem}")
-
-    def count(self, name: str, default: int | None = None) -> int:
-        value = self.raw.get(name)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(name, "must be a positive whole number")
-        return value
-
-    def positive(self, name: str, default: float | None = None) -> float:
-        value = self.raw.get(name)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.error(name, "must be a positive number")
-        if not math.isfinite(value) or value <= 0:
-            raise self.error(name, "must be a positive number")
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.raw.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise self.error(name, "must be true or false")
-        return bool(value)
-
-    def activation(self) -> str:
-        value = self.raw.get("hidden_act", _SUPPORTED_ACTIVATION)
-        if value != _SUPPORTED_ACTIVATION:
-            raise self.error("hidden_act", f"is not supported; {_SUPPORTED_ACTIVATION} is")
-        return _SUPPORTED_ACTIVATION
-
-
-def _architecture(fields: _Fields) -> Architecture:
+def _architecture(fields: Fields) -> Architecture:
     names = fields.raw.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
         raise fields.error("architectures", "must be a list of one name")
@@ -195,8 +166,8 @@ def _architecture(fields: _Fields) -> Architecture:
     return Architecture(names[0])
 
 
-def _refuse_variants(fields: _Fields) -> None:
-    """Fields that change the mathematics of the four architectures in ways nobody serves here."""
+def _refuse_variants(fields: Fields) -> None:
+    """Fields that change the mathematics of the architectures in ways nobody serves here."""
     if fields.raw.get("quantization_config") is not None:
         raise fields.error(
             "quantization_config", "is not supported; use weights in fp32, fp16 or bf16"
@@ -205,7 +176,7 @@ def _refuse_variants(fields: _Fields) -> None:
         raise fields.error("partial_rotary_factor", "is not supported; only 1 is")
 
 
-def _head_dim(fields: _Fields, architecture: Architecture, hidden_size: int, num_heads: int) -> int:
+def _head_dim(fields: Fields, architecture: Architecture, hidden_size: int, num_heads: int) -> int:
     implied = _QWEN3_DEFAULT_HEAD_DIM
     if architecture is not Architecture.QWEN3:
         implied = hidden_size // num_heads
@@ -217,7 +188,7 @@ def _head_dim(fields: _Fields, architecture: Architecture, hidden_size: int, num
     return head_dim
 
 
-def _attention_bias(fields: _Fields, architecture: Architecture) -> bool:
+def _attention_bias(fields: Fields, architecture: Architecture) -> bool:
     """Llama and Qwen3 say it in the config; Qwen2 has a fixed set of biases and Mistral none."""
     if architecture in (Architecture.LLAMA, Architecture.QWEN3):
         return fields.flag("attention_bias")
@@ -225,22 +196,22 @@ def _attention_bias(fields: _Fields, architecture: Architecture) -> bool:
 
 
 def _attention_window(
-    fields: _Fields, architecture: Architecture, num_layers: int
+    fields: Fields, architecture: Architecture, num_layers: int
 ) -> tuple[int | None, tuple[LayerType, ...]]:
     """The window and which layers have it, with the defaults of each architecture's own config."""
     all_full = (LayerType.FULL,) * num_layers
-    if architecture is Architecture.MISTRAL:
+    if architecture in (Architecture.MISTRAL, Architecture.PHI3):
         if "sliding_window" in fields.raw and fields.raw["sliding_window"] is None:
             return None, all_full
         window = fields.count("sliding_window", _MISTRAL_DEFAULT_WINDOW)
         return window, (LayerType.SLIDING,) * num_layers
     if architecture is Architecture.LLAMA or not fields.flag("use_sliding_window"):
-        return None, all_full
+        return None, all_full  # Olmo2 and SeedOss have no such field
     window = fields.count("sliding_window", _QWEN_DEFAULT_WINDOW)
     return window, _layer_types(fields, num_layers)
 
 
-def _layer_types(fields: _Fields, num_layers: int) -> tuple[LayerType, ...]:
+def _layer_types(fields: Fields, num_layers: int) -> tuple[LayerType, ...]:
     names = fields.raw.get("layer_types")
     if names is None:
         full_layers = fields.raw.get("max_window_layers", _QWEN_DEFAULT_MAX_WINDOW_LAYERS)
@@ -257,7 +228,7 @@ def _layer_types(fields: _Fields, num_layers: int) -> tuple[LayerType, ...]:
     return tuple(LayerType(name) for name in names)
 
 
-def _rope(fields: _Fields) -> tuple[float, Mapping[str, Any] | None]:
+def _rope(fields: Fields) -> tuple[float, Mapping[str, Any] | None]:
     """Theta and scaling, from transformers 5's `rope_parameters` or the older pair of fields."""
     name = "rope_parameters" if fields.raw.get("rope_parameters") is not None else "rope_scaling"
     parameters = fields.raw.get(name)
@@ -265,7 +236,7 @@ def _rope(fields: _Fields) -> tuple[float, Mapping[str, Any] | None]:
         return fields.positive("rope_theta", _DEFAULT_ROPE_THETA), None
     if not isinstance(parameters, dict) or LayerType.FULL in parameters:
         raise fields.error(name, "must be one set of parameters for all layers")
-    nested = _Fields(parameters, f"{fields.where}: {name}")
+    nested = Fields(parameters, f"{fields.where}: {name}")
     theta = nested.positive("rope_theta", fields.positive("rope_theta", _DEFAULT_ROPE_THETA))
     rope_type = parameters.get("rope_type", parameters.get("type", _DEFAULT_ROPE_TYPE))
     if not isinstance(rope_type, str):
@@ -278,7 +249,7 @@ def _rope(fields: _Fields) -> tuple[float, Mapping[str, Any] | None]:
 
 
 def _eos_token_ids(
-    fields: _Fields, generation: Mapping[str, Any], vocab_size: int
+    fields: Fields, generation: Mapping[str, Any], vocab_size: int
 ) -> tuple[int, ...]:
     ids: dict[int, None] = {}  # a dict keeps the order and drops repetitions
     for source in (generation, fields.raw):

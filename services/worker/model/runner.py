@@ -19,9 +19,10 @@ from services.worker.memory.pool import MemoryPool
 from services.worker.memory.sizing import check_budget
 from services.worker.model.batch import SequenceSlice, make_batch
 from services.worker.model.checkpoint import Checkpoint
-from services.worker.model.rotary import RotaryTable
+from services.worker.model.layers.factory import make_decoder_layers
+from services.worker.model.plan import ModelPlan
 from services.worker.model.sampler import SampledToken, SamplingRow, sample
-from services.worker.model.stage import Stage, StagePlan
+from services.worker.model.stage import Stage
 from shared.layout import Span
 
 #: The least KV cache worth starting with: one request of this many tokens.
@@ -44,36 +45,23 @@ class ModelRunner:
 
     def __init__(
         self,
+        plan: ModelPlan,
         stage: Stage,
         pool: MemoryPool,
         kernels: CpuKernels,
-        num_blocks: int,
-        max_model_len: int,
-        checkpoint: Checkpoint,
+        max_model_len: int | None,
     ) -> None:
+        """Take a loaded stage whose KV cache has its size; `max_model_len` restricts it further."""
+        self.pool = pool
+        self.config = plan.config
+        self._plan = plan
         self._stage = stage
         self._kernels = kernels
-        self.pool = pool
-        self.num_blocks = num_blocks
-        self.max_model_len = max_model_len
-        self.config = checkpoint.config
-
-    @property
-    def block_size(self) -> int:
-        return self._kernels.block_size
-
-    @property
-    def kv_block_bytes(self) -> int:
-        """Bytes of one block over all the layers held."""
-        return self._stage.kv_block_bytes * len(self.span)
-
-    @property
-    def span(self) -> Span:
-        return self._stage.span
+        self._limit = min(max_model_len or self.config.max_model_len, self.config.max_model_len)
 
     @classmethod
     def load(cls, runner_config: RunnerConfig, kernels: CpuKernels) -> ModelRunner:
-        """Load every layer and size the KV cache.
+        """Load every layer and give what is left of the budget to the KV cache.
 
         Raises:
             ConfigError: the checkpoint or the budget cannot work; one sentence.
@@ -81,33 +69,49 @@ class ModelRunner:
         log = structlog.get_logger(component="model")
         checkpoint = Checkpoint.open(runner_config.model_dir)
         config = checkpoint.config
+        layers = make_decoder_layers(config, kernels, runner_config.max_num_batched_tokens)
+        plan = ModelPlan(config, layers, kernels)
         span = Span(start=0, end=config.num_layers)
-        plan = StagePlan(config, span, kernels)
-        min_blocks = -(-min(_MIN_KV_TOKENS, config.max_model_len) // kernels.block_size)
-        check_budget(
-            runner_config.memory_bytes,
-            [layout.nbytes for layout in plan.layouts.values()],
-            [plan.kv_block_bytes] * len(span),
-            min_blocks,
-            runner_config.chunk_bytes,
-        )
+        _check_budget(runner_config, plan, span)
         pool = MemoryPool(CpuMemory(runner_config.memory_bytes, runner_config.chunk_bytes))
-        limit = min(runner_config.max_model_len or config.max_model_len, config.max_model_len)
-        # All the budget as KV bounds the positions that can occur, now and after any drop.
-        rotary = RotaryTable(config, limit)
-        stage = Stage(plan, checkpoint, pool, kernels, rotary, runner_config.max_num_batched_tokens)
-        for name in stage.load():
+        stage = Stage(plan, span, checkpoint, pool, kernels)
+        for name in stage.load(span):
             log.debug("loaded", part=name)
-        num_blocks = pool.grow_kv_evenly(plan.layers)
-        max_model_len = min(limit, num_blocks * kernels.block_size)
+        pool.grow_kv_evenly(range(span.start, span.end))
+        runner = cls(plan, stage, pool, kernels, runner_config.max_model_len)
         log.info(
             "model loaded",
             layers=len(span),
             weight_bytes=pool.usage.weight_bytes,
-            kv_tokens=num_blocks * kernels.block_size,
-            max_model_len=max_model_len,
+            kv_tokens=runner.num_blocks * runner.block_size,
+            max_model_len=runner.max_model_len,
         )
-        return cls(stage, pool, kernels, num_blocks, max_model_len, checkpoint)
+        return runner
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a KV block."""
+        return self._plan.block_size
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of one KV block of one layer."""
+        return self._plan.kv_block_bytes
+
+    @property
+    def span(self) -> Span:
+        """The layers this worker serves."""
+        return self._stage.span
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks that every layer of the span has."""
+        return self.pool.num_kv_blocks(range(self.span.start, self.span.end))
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt plus output tokens of the longest request that can be served."""
+        return min(self._limit, self.num_blocks * self.block_size)
 
     def run(
         self, slices: Sequence[SequenceSlice], rows: Sequence[SamplingRow]
@@ -120,10 +124,23 @@ class ModelRunner:
         """Compute a batch; logits `[num_logits, vocab]` of the slices that want a token."""
         batch = make_batch(slices, self.block_size)
         with torch.inference_mode():
-            hidden = self._stage.forward(self._stage.embed(batch.token_ids), batch)
+            hidden = self._stage.embed(batch.token_ids)
+            self._stage.forward(hidden, batch, self.span)
             return self._stage.logits(hidden, batch.logits_rows)
 
     def close(self) -> None:
         """Give the memory back; nothing may be computed afterwards."""
         self.pool.close()
         self._kernels.close()
+
+
+def _check_budget(runner_config: RunnerConfig, plan: ModelPlan, span: Span) -> None:
+    """Refuse a budget that cannot serve anything, before anything is loaded."""
+    longest = min(runner_config.max_model_len or _MIN_KV_TOKENS, plan.config.max_model_len)
+    check_budget(
+        runner_config.memory_bytes,
+        [arena.layout.nbytes for arena in plan.arenas(span)],
+        [plan.kv_block_bytes] * len(span),
+        -(-min(_MIN_KV_TOKENS, longest) // plan.block_size),
+        runner_config.chunk_bytes,
+    )

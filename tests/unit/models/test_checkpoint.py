@@ -18,7 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from services.worker.model.checkpoint import Checkpoint, CheckpointError, layer_shapes
+from services.worker.model.checkpoint import Checkpoint, CheckpointError
+from services.worker.model.layers.factory import layer_shapes
 from shared.errors import ConfigError
 
 SMALL = {

@@ -8,6 +8,11 @@ same configuration is its oracle in `tests/unit/model/test_stage.py`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
+from services.worker.kernels.cpu import AttentionBatch, CpuKernels
 from services.worker.kernels.library import LayerGeometry, LlamaLayerWeights
 from services.worker.model.arena import ArenaLayout, PartSpec
 from services.worker.model.config import ModelConfig
@@ -16,6 +21,87 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _O = ("self_attn.o_proj",)
 _DOWN = ("mlp.down_proj",)
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaLayer:
+    """A resident layer. Implements `DecoderLayer`."""
+
+    kernels: CpuKernels
+    geometry: LayerGeometry
+    weights: LlamaLayerWeights
+    kv_address: int
+    workspace: torch.Tensor  # bytes, shared by all layers
+
+    def forward(
+        self,
+        hidden: torch.Tensor,  # [num_tokens, hidden], overwritten with the result
+        batch: AttentionBatch,
+    ) -> None:
+        """Run the layer; writes the KV of the batch's tokens."""
+        self.kernels.llama_layer(
+            hidden, self.kv_address, self.geometry, self.weights, batch, self.workspace
+        )
+
+
+class LlamaLayers:
+    """The layers of one model of the family. Implements `DecoderLayers`."""
+
+    def __init__(self, config: ModelConfig, kernels: CpuKernels, max_num_tokens: int) -> None:
+        self._config = config
+        self._kernels = kernels
+        self._layout = ArenaLayout(layer_parts(config), kernels)
+        self._workspace = torch.empty(
+            kernels.llama_layer_workspace_nbytes(layer_geometry(config, 0), max_num_tokens),
+            dtype=torch.uint8,
+        )
+
+    @property
+    def layout(self) -> ArenaLayout:
+        """The arena of a layer."""
+        return self._layout
+
+    def make(
+        self,
+        layer: int,
+        arena_address: int,
+        kv_cache: torch.Tensor,  # [blocks, 2, block_size, num_kv_heads, head_dim]
+    ) -> LlamaLayer:
+        """Decoder layer `layer` on a filled arena."""
+        return LlamaLayer(
+            self._kernels,
+            layer_geometry(self._config, layer),
+            layer_weights(self._layout, arena_address),
+            kv_cache.data_ptr(),
+            self._workspace,
+        )
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a layer in the checkpoint by its short name."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": (q, hidden, config.qkv_bias),
+        "self_attn.k_proj": (kv, hidden, config.qkv_bias),
+        "self_attn.v_proj": (kv, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, q, config.o_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    for name, (rows, columns, has_bias) in linears.items():
+        shapes[f"{name}.weight"] = (rows, columns)
+        if has_bias:
+            shapes[f"{name}.bias"] = (rows,)
+    if config.qk_norm:
+        shapes["self_attn.q_norm.weight"] = (config.head_dim,)
+        shapes["self_attn.k_norm.weight"] = (config.head_dim,)
+    return shapes
 
 
 def layer_parts(config: ModelConfig) -> list[PartSpec]:

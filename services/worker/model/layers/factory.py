@@ -1,0 +1,48 @@
+"""Which implementation serves the decoder layers of a model: fused where there is one."""
+
+from __future__ import annotations
+
+from services.worker.attention.cpu import CpuAttention
+from services.worker.kernels.cpu import MAX_HEAD_DIM, MAX_HEADS_PER_KV_HEAD, CpuKernels
+from services.worker.model.config import ModelConfig
+from services.worker.model.layers import llama, transformers_layer
+from services.worker.model.layers.base import DecoderLayers
+from shared.errors import ConfigError
+
+_HEAD_DIM_MULTIPLE = 16
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of one decoder layer by its short name, e.g. `mlp.up_proj.weight`."""
+    if config.architecture.is_llama_family:
+        return llama.layer_shapes(config)
+    return transformers_layer.layer_shapes(config)
+
+
+def make_decoder_layers(
+    config: ModelConfig, kernels: CpuKernels, max_num_tokens: int
+) -> DecoderLayers:
+    """What stores and makes the layers of `config`, for batches of up to `max_num_tokens`.
+
+    Raises:
+        ConfigError: the kernels cannot serve these dimensions.
+    """
+    _check_dimensions(config)
+    if config.architecture.is_llama_family:
+        return llama.LlamaLayers(config, kernels, max_num_tokens)
+    return transformers_layer.TransformersLayers(config, CpuAttention(kernels), kernels)
+
+
+def _check_dimensions(config: ModelConfig) -> None:
+    """Refuse what the attention kernel does not do."""
+    if config.head_dim % _HEAD_DIM_MULTIPLE or config.head_dim > MAX_HEAD_DIM:
+        raise ConfigError(
+            f"a head dimension of {config.head_dim} is not supported on the CPU; it must be a"
+            f" multiple of {_HEAD_DIM_MULTIPLE} and at most {MAX_HEAD_DIM}"
+        )
+    heads_per_kv_head = config.num_heads // config.num_kv_heads
+    if heads_per_kv_head > MAX_HEADS_PER_KV_HEAD:
+        raise ConfigError(
+            f"{heads_per_kv_head} query heads per KV head are not supported on the CPU; at most"
+            f" {MAX_HEADS_PER_KV_HEAD} are"
+        )

@@ -1,0 +1,89 @@
+"""Which arenas a span of the model needs and how large they are; takes no memory itself.
+
+    span [0, L)     embedding | layer.0 | layer.1 | ... | layer.L-1 | head
+    span [a, b)                 layer.a | ... | layer.b-1
+
+Where input and output matrix are tied, the embedding's arena holds both and the final norm, there
+is no head's arena, and the last span needs the embedding's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.worker.kernels.cpu import CpuKernels
+from services.worker.model.arena import ArenaLayout, PartSpec
+from services.worker.model.checkpoint import EMBEDDING, FINAL_NORM, LM_HEAD
+from services.worker.model.config import ModelConfig
+from services.worker.model.layers.base import DecoderLayers
+from shared.layout import Span
+
+EMBEDDING_ARENA = "embedding"
+HEAD_ARENA = "head"
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaPlan:
+    """One arena: a decoder layer, the embedding or the head."""
+
+    name: str
+    layout: ArenaLayout
+    prefix: str  # what stands before the layout's sources in the checkpoint
+    layer: int | None = None
+
+
+class ModelPlan:
+    """Arenas of one model. Parts of the outer arenas are called by their checkpoint names."""
+
+    def __init__(self, config: ModelConfig, layers: DecoderLayers, kernels: CpuKernels) -> None:
+        self.config = config
+        self.layers = layers
+        self.block_size = kernels.block_size
+        shape = (config.vocab_size, config.hidden_size)
+        norm = PartSpec(FINAL_NORM, (config.hidden_size,), (FINAL_NORM,))
+        head = PartSpec(LM_HEAD, shape, (LM_HEAD,))
+        embedding = [PartSpec(EMBEDDING, shape, (EMBEDDING,))]
+        if config.tie_word_embeddings:
+            embedding.append(norm)
+        self._embedding = ArenaPlan(EMBEDDING_ARENA, ArenaLayout(embedding, kernels), "")
+        self._head = ArenaPlan(HEAD_ARENA, ArenaLayout([norm, head], kernels), "")
+
+    def arenas(self, span: Span) -> list[ArenaPlan]:
+        """The arenas that running `span` needs, in the order they are loaded."""
+        is_last = span.end == self.config.num_layers
+        arenas = [self._layer(layer) for layer in range(span.start, span.end)]
+        if span.start == 0 or (is_last and self.config.tie_word_embeddings):
+            arenas.append(self._embedding)
+        if is_last and not self.config.tie_word_embeddings:
+            arenas.append(self._head)
+        return arenas
+
+    def _layer(self, layer: int) -> ArenaPlan:
+        return ArenaPlan(f"layer.{layer}", self.layers.layout, f"model.layers.{layer}.", layer)
+
+    @property
+    def embedding(self) -> ArenaPlan:
+        """The arena with the embedding matrix."""
+        return self._embedding
+
+    @property
+    def head(self) -> ArenaPlan:
+        """The arena with the final norm and the output matrix."""
+        return self._embedding if self.config.tie_word_embeddings else self._head
+
+    @property
+    def head_matrix(self) -> str:
+        """The part of `head` that is the output matrix."""
+        return EMBEDDING if self.config.tie_word_embeddings else LM_HEAD
+
+    @property
+    def kv_block_shape(self) -> tuple[int, int, int, int]:
+        """One block of one layer: `[2, block_size, num_kv_heads, head_dim]` float32."""
+        return 2, self.block_size, self.config.num_kv_heads, self.config.head_dim
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of one block of one layer."""
+        two, block_size, num_kv_heads, head_dim = self.kv_block_shape
+        return _FLOAT_BYTES * two * block_size * num_kv_heads * head_dim
