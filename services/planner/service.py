@@ -38,13 +38,13 @@ async def run(settings: PlannerSettings) -> None:
         KunserveError: NATS shut the connection for good.
     """
     configure_logging("planner", settings.planner_id, settings.log_format, settings.log_level)
-    stop = stop_on_signals()
     bus = await connect(
         settings.nats,
         service="planner",
         instance=settings.planner_id,
         credentials=Credentials(settings.nats_creds, settings.nats_nkey),
     )
+    stop = stop_on_signals()
     try:
         await serve(bus, settings, stop)
     finally:

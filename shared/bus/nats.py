@@ -90,6 +90,7 @@ class NatsBus:
         self.feeds: set[WatchFeed] = set()
         self._refusal: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._last_error = ""
+        self._is_open = False
         self._closing = False
         self._closed = asyncio.Event()
         self._in_flight: set[asyncio.Future[Any]] = set()
@@ -118,6 +119,7 @@ class NatsBus:
             )
         if failure := connecting.exception():
             raise ConfigError(f"cannot connect to NATS at {where}: {failure}") from failure
+        self._is_open = True
         self._log.info("bus.connected", server=where)
 
     async def _give_up(self, connecting: asyncio.Future[None]) -> None:
@@ -157,7 +159,7 @@ class NatsBus:
         if isinstance(error, nats.errors.SlowConsumerError):
             self.stats.slow_consumers += 1
             self._log.warning("bus.slow_consumer", subject=error.subject)
-        elif text != self._last_error:
+        elif self._is_open and text != self._last_error:
             self._log.warning("bus.error", error=text)
         self._last_error = text
         refused = "authorization" in text.lower() or "authentication" in text.lower()
