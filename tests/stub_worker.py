@@ -108,6 +108,7 @@ class StubWorker:
         self.requests: list[GenerateRequest] = []
         self.cancelled: list[Cancel] = []
         self.resumed: list[Resume] = []
+        self.loses_cancels = 0  # so many are noted and not acted on
         self.is_alive = False
         self._bus = bus
         self._subjects = Subjects(deployment)
@@ -191,6 +192,9 @@ class StubWorker:
         match control:
             case Cancel():
                 self.cancelled.append(control)
+                if self.loses_cancels:
+                    self.loses_cancels -= 1
+                    return
                 stream = self._streams.get((control.request_id, control.attempt))
                 if stream is not None:
                     stream.is_cancelled = True

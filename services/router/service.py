@@ -91,6 +91,7 @@ class _Parts:
     watchdog: Watchdog
     observer: Observer
     inbox: TokenInbox
+    queue: WaitingQueue
 
 
 class RouterService:
@@ -101,9 +102,15 @@ class RouterService:
         self._bus = bus
         self._subjects = Subjects(settings.deployment)
         self._parts = self._assemble(tokenizer)
+        self.context = self._parts.context
         self._log = structlog.get_logger(component="router")
         self.url = ""
         self.listening = asyncio.Event()
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for a worker."""
+        return len(self._parts.queue)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then drain."""
@@ -178,7 +185,8 @@ class RouterService:
             drain=DrainState(),
             max_batch_prompts=settings.max_batch_prompts,
         )
-        return _Parts(context, watchdog, Observer(fleet, dispatcher, generator, metrics), inbox)
+        observer = Observer(fleet, dispatcher, generator, metrics)
+        return _Parts(context, watchdog, observer, inbox, queue)
 
     def _served_model(self, tokenizer: ModelTokenizer) -> ServedModel:
         settings, facts = self._settings, tokenizer.facts

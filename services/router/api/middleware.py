@@ -9,7 +9,7 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from services.router.api.start import new_request_id, request_id_of
+from services.router.api.start import REQUEST_ID, new_request_id, request_id_of
 from services.router.errors import (
     ApiError,
     BodyTooLargeError,
@@ -35,7 +35,7 @@ def frame_requests(metrics: RouterMetrics) -> Middleware:
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         started_at = time.monotonic()
         request_id = new_request_id(request)
-        request["request_id"] = request_id
+        request[REQUEST_ID] = request_id
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             response = await _answer(request, handler, log)
             route = request.match_info.route.resource

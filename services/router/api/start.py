@@ -16,6 +16,7 @@ from services.router.errors import BadRequestError, UnavailableError
 from services.router.metrics import Rejection
 from services.router.session import GenerationInput
 
+REQUEST_ID = web.RequestKey("request_id", str)
 _CLIENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -27,7 +28,7 @@ def new_request_id(request: web.Request) -> str:
 
 def request_id_of(request: web.Request) -> str:
     """The id that the middleware gave the request."""
-    return str(request["request_id"])
+    return request[REQUEST_ID]
 
 
 def check_open(context: ApiContext) -> None:

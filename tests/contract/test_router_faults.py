@@ -1,0 +1,476 @@
+"""What clients see when workers, frames, the bus or clients fail: the text they would have seen.
+
+Stub workers draw each token from (seed, position), so equality of texts proves that a replay went
+on at the right position with the right seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from shared.messages import GenerateStatus
+from tests.conftest import eventually
+from tests.router_support import ASCII_TOKENS, Cluster, post_stream, running_cluster
+from tests.stub_worker import StubBehaviour, hashed_token
+
+COMPLETIONS = "/v1/completions"
+NUM_TOKENS = 40
+
+
+@pytest_asyncio.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+    async with running_cluster(tmp_path) as cluster:
+        yield cluster
+
+
+@pytest_asyncio.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=30)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        yield session
+
+
+def body(seed: int = 1, **fields: Any) -> dict[str, Any]:
+    return {"prompt": "go", "max_tokens": NUM_TOKENS, "seed": seed, **fields}
+
+
+def expected(seed: int = 1, num_tokens: int = NUM_TOKENS) -> str:
+    """What an undisturbed run answers."""
+    spread = 0x7F - 0x21
+    return "".join(
+        chr(0x21 + (seed * 31 + position * 7919 + 17) % spread) for position in range(num_tokens)
+    )
+
+
+async def undisturbed(cluster: Cluster) -> None:
+    """Nothing runs at any worker and nothing waits in any router."""
+    await eventually(
+        lambda: (
+            all(len(service.context.generator) == 0 for service in cluster.services)
+            and all(w.num_running == 0 for w in cluster.workers.values() if w.is_alive)
+        )
+    )
+
+
+# --- workers that fail ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("die_at", [0, 1, NUM_TOKENS // 2, NUM_TOKENS - 1])
+async def test_a_worker_dies_and_the_text_goes_on(
+    cluster: Cluster, http: aiohttp.ClientSession, die_at: int
+) -> None:
+    await cluster.add_worker("w0", StubBehaviour(die_at=die_at))
+    await cluster.add_router()
+    await cluster.ready()
+    running = asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body()))
+    await eventually(lambda: not cluster.workers["w0"].is_alive)
+    await cluster.add_worker("w1")
+    events = await running
+    assert events.text == expected()
+    assert events.finish_reasons == ["length"]
+    assert events.is_done
+    assert len(events.chunks) == NUM_TOKENS
+
+
+async def test_all_streams_of_a_dead_worker_are_replayed(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    await cluster.add_worker("w0", StubBehaviour(die_at=15))
+    await cluster.add_worker("w1")
+    await cluster.add_router()
+    await cluster.ready()
+    answers = await asyncio.gather(
+        *(post_stream(http, cluster.url + COMPLETIONS, body(seed)) for seed in range(40))
+    )
+    assert [events.text for events in answers] == [expected(seed) for seed in range(40)]
+    assert not cluster.workers["w0"].is_alive
+    await undisturbed(cluster)
+
+
+async def test_a_replay_draws_the_same_tokens_where_the_client_gave_no_seed(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    await cluster.add_worker("w0", StubBehaviour(die_at=10))
+    await cluster.add_router()
+    await cluster.ready()
+    request = {"prompt": "go", "max_tokens": NUM_TOKENS}
+    running = asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, request))
+    await eventually(lambda: not cluster.workers["w0"].is_alive)
+    await cluster.add_worker("w1")
+    events = await running
+    (first,), (second,) = cluster.workers["w0"].requests, cluster.workers["w1"].requests
+    assert second.sampling == first.sampling
+    assert second.attempt > first.attempt
+    assert events.text == expected(first.sampling.seed)
+
+
+async def test_a_worker_that_gives_a_request_up_is_replaced(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    await cluster.add_worker("w0", StubBehaviour(abort_at=7))
+    await cluster.add_router()
+    await cluster.ready()
+    running = asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body()))
+    await eventually(lambda: cluster.workers["w0"].requests)
+    await cluster.add_worker("w1")
+    cluster.workers["w0"].behaviour.refuse_with = GenerateStatus.DRAINING
+    assert (await running).text == expected()
+
+
+async def test_a_restarted_worker_is_noticed_by_its_incarnation(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    await cluster.add_worker("w0", StubBehaviour(pause_at=10))
+    await cluster.add_router()
+    await cluster.ready()
+    running = asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body()))
+    await eventually(lambda: cluster.workers["w0"].requests)
+    await cluster.workers["w0"].kill()
+    await cluster.add_worker("w0")
+    assert (await running).text == expected()
+
+
+async def test_a_worker_that_hangs_before_answering_is_passed_over(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    await cluster.add_worker("w0", StubBehaviour(ignores_generate=True))
+    await cluster.add_router(dispatch_timeout_seconds=0.2)
+    await cluster.ready()
+    running = asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body()))
+    await eventually(lambda: cluster.workers["w0"].requests)
+    await cluster.add_worker("w1")
+    assert (await running).text == expected()
+    assert cluster.workers["w0"].cancelled  # it may have taken the request after all
+
+
+async def test_tokens_count_as_the_answer_that_got_lost(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    await cluster.add_worker("w0", StubBehaviour(answers_after_accepting=False))
+    await cluster.add_router(dispatch_timeout_seconds=0.3)
+    await cluster.ready()
+    events = await post_stream(http, cluster.url + COMPLETIONS, body())
+    assert events.text == expected()
+    assert len(cluster.workers["w0"].requests) == 1
+
+
+async def test_a_silent_worker_that_forgot_the_stream_is_left(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    behaviour = StubBehaviour(pause_at=5, forgets_streams=True)
+    await cluster.add_worker("w0", behaviour)
+    await cluster.add_router()
+    await cluster.ready()
+    running = asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body()))
+    await eventually(lambda: cluster.workers["w0"].requests)
+    await cluster.add_worker("w1")
+    behaviour.refuse_with = GenerateStatus.OVERLOADED
+    assert (await running).text == expected()
+
+
+# --- frames that fail ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", [{0}, {3}, {5, 6, 7}, set(range(2, 30, 2)), {NUM_TOKENS - 1}])
+async def test_lost_frames_are_asked_for_again(
+    cluster: Cluster, http: aiohttp.ClientSession, lost: set[int]
+) -> None:
+    await cluster.add_worker("w0", StubBehaviour(lose_frames=lost))
+    await cluster.add_router()
+    await cluster.ready()
+    events = await post_stream(http, cluster.url + COMPLETIONS, body())
+    assert events.text == expected()
+    assert cluster.workers["w0"].resumed
+    assert len(cluster.workers["w0"].requests) == 1
+
+
+async def test_repeated_frames_change_nothing(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    await cluster.add_worker("w0", StubBehaviour(duplicate_frames=True))
+    await cluster.add_router()
+    await cluster.ready()
+    events = await post_stream(http, cluster.url + COMPLETIONS, body())
+    assert events.text == expected()
+    assert len(events.chunks) == NUM_TOKENS
+
+
+async def test_streams_survive_an_outage_of_the_bus(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    await cluster.add_worker("w0", StubBehaviour(step_seconds=0.02))
+    await cluster.add_router()
+    await cluster.ready()
+    running = asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body()))
+    await eventually(lambda: cluster.workers["w0"].requests)
+    cluster.server.stop()
+    async with http.get(cluster.url + "/health") as response:
+        assert response.status == 503
+    cluster.server.start(wipe_store=True)
+    assert (await running).text == expected()
+
+
+# --- overload ------------------------------------------------------------------------------------
+
+
+async def test_a_refusing_worker_passes_the_request_to_the_next(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    await cluster.add_worker("w0", StubBehaviour(refuse_with=GenerateStatus.OVERLOADED))
+    await cluster.add_worker("w1")
+    await cluster.add_router()
+    await cluster.ready()
+    for seed in range(6):
+        events = await post_stream(http, cluster.url + COMPLETIONS, body(seed))
+        assert events.text == expected(seed)
+
+
+async def test_requests_wait_in_the_router_until_a_worker_has_room(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    behaviour = StubBehaviour(refuse_with=GenerateStatus.OVERLOADED)
+    await cluster.add_worker("w0", behaviour)
+    service = await cluster.add_router()
+    await cluster.ready()
+    running = [
+        asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body(seed)))
+        for seed in range(10)
+    ]
+    await eventually(lambda: len(service.context.generator) == 10)
+    behaviour.refuse_with = None
+    answers = await asyncio.gather(*running)
+    assert [events.text for events in answers] == [expected(seed) for seed in range(10)]
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_queued_requests": 2}, {"max_queued_tokens": 5}], ids=["requests", "tokens"]
+)
+async def test_a_full_queue_refuses_with_429(
+    cluster: Cluster, http: aiohttp.ClientSession, limits: dict[str, int]
+) -> None:
+    behaviour = StubBehaviour(refuse_with=GenerateStatus.OVERLOADED)
+    await cluster.add_worker("w0", behaviour)
+    service = await cluster.add_router(**limits)
+    await cluster.ready()
+    running = [
+        asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body(seed)))
+        for seed in range(2)
+    ]
+    await eventually(lambda: service.num_queued == 2)
+    async with http.post(cluster.url + COMPLETIONS, json=body()) as response:
+        assert response.status == 429
+        assert int(response.headers["Retry-After"]) >= 1
+        assert (await response.json())["error"]["code"] == 429
+    behaviour.refuse_with = None
+    assert [events.text for events in await asyncio.gather(*running)] == [expected(0), expected(1)]
+
+
+async def test_a_busy_cluster_refuses_with_429_after_the_timeout(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    await cluster.add_worker("w0", StubBehaviour(refuse_with=GenerateStatus.OVERLOADED))
+    await cluster.add_router(queue_timeout_seconds=0.3)
+    await cluster.ready()
+    async with http.post(cluster.url + COMPLETIONS, json=body()) as response:
+        assert response.status == 429
+        assert "Retry-After" in response.headers
+
+
+async def test_no_worker_is_503_after_the_timeout(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    await cluster.add_router(no_worker_timeout_seconds=0.3)
+    async with http.post(cluster.url + COMPLETIONS, json=body()) as response:
+        assert response.status == 503
+        assert "Retry-After" in response.headers
+
+
+async def test_a_request_waits_for_the_first_worker(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    service = await cluster.add_router()
+    running = asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body()))
+    await eventually(lambda: service.num_queued == 1)
+    await cluster.add_worker("w0")
+    assert (await running).text == expected()
+
+
+async def test_too_long_for_every_worker_is_400(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    behaviour = StubBehaviour(refuse_with=GenerateStatus.TOO_LONG, refusal="never fits here")
+    await cluster.add_worker("w0", behaviour)
+    await cluster.add_router()
+    await cluster.ready()
+    async with http.post(cluster.url + COMPLETIONS, json=body()) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["message"] == "never fits here"
+
+
+async def test_requests_spread_over_workers_by_free_kv(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    for name, blocks in (("small", 4), ("large", 400)):
+        await cluster.add_worker(name, StubBehaviour(kv_blocks_total=blocks))
+    await cluster.add_router()
+    await cluster.ready()
+    request = {"prompt": "x" * 40, "max_tokens": 10}
+    await asyncio.gather(
+        *(post_stream(http, cluster.url + COMPLETIONS, request) for _ in range(30))
+    )
+    assert len(cluster.workers["small"].requests) == 0
+    assert len(cluster.workers["large"].requests) == 30
+
+
+# --- clients -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_cancels_its_request(
+    cluster: Cluster, http: aiohttp.ClientSession, stream: bool
+) -> None:
+    worker = await cluster.add_worker("w0", StubBehaviour(pause_at=5))
+    await cluster.add_router()
+    await cluster.ready()
+    request = asyncio.create_task(
+        post_stream(http, cluster.url + COMPLETIONS, body())
+        if stream
+        else http.post(cluster.url + COMPLETIONS, json=body()).__aenter__()
+    )
+    await eventually(lambda: worker.num_running == 1)
+    request.cancel()
+    await eventually(lambda: worker.cancelled)
+    assert worker.cancelled[0].request_id == worker.requests[0].request_id
+    await undisturbed(cluster)
+
+
+async def test_a_client_that_goes_away_while_waiting_leaves_the_queue(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    service = await cluster.add_router()
+    request = asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body()))
+    await eventually(lambda: service.num_queued == 1)
+    request.cancel()
+    await eventually(lambda: service.num_queued == 0)
+    assert len(service.context.generator) == 0
+
+
+async def test_a_client_that_does_not_read_is_dropped(cluster: Cluster) -> None:
+    worker = await cluster.add_worker(
+        "w0",
+        StubBehaviour(step_seconds=0.0005, max_model_len=100_000, kv_blocks_total=10_000),
+        hashed_token(0x21, 0x7F),
+    )
+    service = await cluster.add_router(slow_client_timeout_seconds=0.3)
+    await cluster.ready()
+    port = int(cluster.url.rsplit(":", 1)[1])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+    payload = json.dumps(
+        {
+            "prompt": ["go"] * 100,
+            "max_tokens": 400,
+            "stream": True,
+            "logprobs": 20,
+            "stream_options": {"continuous_usage_stats": True},
+        }
+    ).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(payload)}\r\n\r\n"
+    writer.write(head.encode() + payload)
+    reader._transport.pause_reading()  # type: ignore[attr-defined]
+    await eventually(lambda: worker.cancelled)
+    await undisturbed(cluster)
+    assert len(service.context.generator) == 0
+    writer.close()
+
+
+async def test_a_lost_cancel_is_sent_again(cluster: Cluster, http: aiohttp.ClientSession) -> None:
+    """The worker goes on sending tokens nobody wants: it is told until it stops."""
+    worker = await cluster.add_worker("w0", StubBehaviour(step_seconds=0.02))
+    await cluster.add_router()
+    await cluster.ready()
+    worker.loses_cancels = 1
+    request = asyncio.create_task(
+        post_stream(http, cluster.url + COMPLETIONS, body(max_tokens=400))
+    )
+    await eventually(lambda: worker.num_running == 1)
+    request.cancel()
+    await eventually(lambda: len(worker.cancelled) >= 2)
+    await undisturbed(cluster)
+
+
+# --- routers -------------------------------------------------------------------------------------
+
+
+async def test_two_routers_serve_side_by_side(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    for name in ("w0", "w1"):
+        await cluster.add_worker(name)
+    first = await cluster.add_router()
+    second = await cluster.add_router()
+    await cluster.ready()
+    urls = [first.url, second.url] * 15
+    answers = await asyncio.gather(
+        *(post_stream(http, url + COMPLETIONS, body(seed)) for seed, url in enumerate(urls))
+    )
+    assert [events.text for events in answers] == [expected(seed) for seed in range(30)]
+    assert all(worker.requests for worker in cluster.workers.values())
+
+
+async def test_a_draining_router_finishes_and_refuses(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    worker = await cluster.add_worker("w0", StubBehaviour(step_seconds=0.01))
+    await cluster.add_router()
+    await cluster.ready()
+    running = asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body()))
+    await eventually(lambda: worker.num_running == 1)
+    ended = cluster.stop_router(0)
+    await eventually(lambda: cluster.services[0].context.drain.is_draining)
+    async with http.get(cluster.url + "/ready") as response:
+        assert response.status == 503
+    async with http.post(cluster.url + COMPLETIONS, json=body()) as response:
+        assert response.status == 503
+        assert "Retry-After" in response.headers
+    assert (await running).text == expected()
+    async with asyncio.timeout(10):
+        await ended
+
+
+async def test_a_drain_that_takes_too_long_cancels_what_is_left(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    worker = await cluster.add_worker("w0", StubBehaviour(pause_at=5))
+    await cluster.add_router(drain_timeout_seconds=0.2)
+    await cluster.ready()
+    running = asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body()))
+    await eventually(lambda: worker.num_running == 1)
+    async with asyncio.timeout(10):
+        await cluster.stop_router(0)
+    await eventually(lambda: worker.cancelled)
+    with pytest.raises((aiohttp.ClientError, AssertionError)):
+        assert (await running).is_done
+
+
+async def test_two_hundred_streams_lose_and_repeat_nothing(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    for number in range(3):
+        behaviour = StubBehaviour(lose_frames={7, 21}, duplicate_frames=True)
+        await cluster.add_worker(f"w{number}", behaviour, ASCII_TOKENS)
+    await cluster.add_router()
+    await cluster.ready()
+    answers = await asyncio.gather(
+        *(post_stream(http, cluster.url + COMPLETIONS, body(seed)) for seed in range(200))
+    )
+    assert [events.text for events in answers] == [expected(seed) for seed in range(200)]
+    await undisturbed(cluster)
