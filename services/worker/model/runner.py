@@ -113,6 +113,7 @@ class ModelRunner:
         """Prompt plus output tokens of the longest request that can be served."""
         return min(self._limit, self.num_blocks * self.block_size)
 
+    @torch.inference_mode()
     def run(
         self, slices: Sequence[SequenceSlice], rows: Sequence[SamplingRow]
     ) -> list[SampledToken]:
@@ -120,13 +121,13 @@ class ModelRunner:
         logits = self.logits(slices)
         return sample(logits, rows) if rows else []
 
+    @torch.inference_mode()
     def logits(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
         """Compute a batch; logits `[num_logits, vocab]` of the slices that want a token."""
         batch = make_batch(slices, self.block_size)
-        with torch.inference_mode():
-            hidden = self._stage.embed(batch.token_ids)
-            self._stage.forward(hidden, batch, self.span)
-            return self._stage.logits(hidden, batch.logits_rows)
+        hidden = self._stage.embed(batch.token_ids)
+        self._stage.forward(hidden, batch, self.span)
+        return self._stage.logits(hidden, batch.logits_rows)
 
     def close(self) -> None:
         """Give the memory back; nothing may be computed afterwards."""

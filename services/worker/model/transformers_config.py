@@ -1,4 +1,4 @@
-"""The only door to transformers' configurations; importing it takes seconds, so only when needed."""
+"""The only door to transformers' configurations; it imports slowly, so only when needed."""
 
 from __future__ import annotations
 
