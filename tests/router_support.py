@@ -35,8 +35,7 @@ CHAT_TEMPLATE = (
 
 def write_tiny_tokenizer(directory: Path) -> Path:
     """A model directory without weights: 256 bytes, `<|start|>` and `<|end|>`."""
-    alphabet = {letter: byte for letter, byte in byte_alphabet().items()}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
@@ -167,11 +166,10 @@ class Events:
     @property
     def text(self) -> str:
         """All text of choice 0."""
-        texts = []
-        for chunk in self.chunks:
-            for choice in chunk.get("choices", []):
-                texts.append(choice.get("text") or choice.get("delta", {}).get("content") or "")
-        return "".join(texts)
+        choices = [choice for chunk in self.chunks for choice in chunk.get("choices", [])]
+        return "".join(
+            choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices
+        )
 
     @property
     def finish_reasons(self) -> list[str]:

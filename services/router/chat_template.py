@@ -2,7 +2,7 @@
 
 Does what `transformers.apply_chat_template` does (same environment: sandboxed, trim and lstrip
 blocks, loop controls, `{% generation %}`, `tojson`, `raise_exception`, `strftime_now`), without
-importing transformers, which loads torch. tests/unit/router/test_router_chat_template.py compares the two.
+importing transformers, which loads torch. `test_router_chat_template.py` compares the two.
 """
 
 from __future__ import annotations
