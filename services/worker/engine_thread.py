@@ -114,12 +114,9 @@ class EngineThread:
         A thread that does not end in time is left behind; it ends with the process.
         """
         self.submit(Stop())
-        finished = asyncio.wrap_future(self._finished, loop=self._loop)
-        await asyncio.wait({finished}, timeout=timeout_seconds)
-        if not finished.done():
+        await asyncio.to_thread(self._thread.join, timeout_seconds)
+        if self._thread.is_alive():
             self._log.error("the engine thread does not end", waited_seconds=timeout_seconds)
-        elif finished.exception() is not None:
-            self._log.error("the engine thread failed", error=repr(finished.exception()))
 
     def submit(self, command: Command) -> None:
         """Hand over a command; applied before the next batch, in order."""

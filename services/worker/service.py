@@ -96,11 +96,11 @@ class WorkerService:
         outcomes: set[asyncio.Future[Any]] = {loading, stopped}
         await asyncio.wait(outcomes, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
-        if not loading.done():
-            self._log.info("stopped while loading")
-            return
         try:
-            await self._serve(engine, loading.result(), stop)
+            if loading.done():
+                await self._serve(engine, loading.result(), stop)
+            else:
+                self._log.info("stopped while loading")
         finally:
             await engine.stop(_ENGINE_STOP_SECONDS)
 
