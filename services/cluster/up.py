@@ -42,7 +42,6 @@ _HEALTH_POLL_SECONDS = 0.1
 _HEALTH_TIMEOUT_SECONDS = 2.0
 _STOP_MARGIN_SECONDS = 10.0
 _NATS_TIMEOUT_SECONDS = 3.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -206,9 +205,11 @@ def _listen_for_signals(stop: asyncio.Event, stop_at_once: asyncio.Event) -> Non
     def on_signal() -> None:
         (stop_at_once if stop.is_set() else stop).set()
 
-    for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP on purpose
-            asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it on purpose
+        loop.add_signal_handler(signal.SIGHUP, on_signal)
 
 
 async def _cut_off(stop_at_once: asyncio.Event) -> None:
