@@ -35,6 +35,7 @@ from shared.settings import ByteSize, Settings
 GIB = 1024**3
 MIN_NATS_VERSION = (2, 11)  # keys that expire one by one, on which leases rest
 MIN_MAX_PAYLOAD_BYTES = 1024**2
+NATS_TIMEOUT_SECONDS = 3.0
 
 
 class DoctorSettings(Settings):
@@ -171,12 +172,18 @@ def judge_nats(info: dict[str, object]) -> Iterable[Check]:
 
 async def _inspect_nats(url: str, credentials: Credentials) -> dict[str, object]:
     """Log in as a service does, then read how the server introduces itself."""
-    bus = await connect(url, service="doctor", instance="doctor", credentials=credentials)
+    bus = await connect(
+        url,
+        service="doctor",
+        instance="doctor",
+        credentials=credentials,
+        connect_timeout_seconds=NATS_TIMEOUT_SECONDS,
+    )
     await bus.close()
     parts = urlsplit(url)
     address = (parts.hostname or "127.0.0.1", parts.port or 4222)
     try:
-        with socket.create_connection(address, timeout=5.0) as connection:
+        with socket.create_connection(address, timeout=NATS_TIMEOUT_SECONDS) as connection:
             line = connection.makefile("rb").readline()
         info: dict[str, object] = json.loads(line.removeprefix(b"INFO "))
     except (OSError, ValueError) as error:

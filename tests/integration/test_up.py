@@ -138,7 +138,7 @@ async def test_ctrl_c_lets_running_requests_finish(up: Up) -> None:
 
 
 async def test_a_second_ctrl_c_ends_it_at_once(up: Up) -> None:
-    answer = asyncio.create_task(complete(up, 4000))
+    answer = asyncio.create_task(complete(up, 1200))
     await eventually(lambda: requests_running(up))
     up.process.send_signal(signal.SIGINT)
     await eventually(lambda: "up.draining" in up.log)
