@@ -168,7 +168,7 @@ class TokenItem(WireModel):
     stop_token_id: int | None = None
     error: str = ""
     queued_seconds: float | None = Field(
-        default=None, description="on the first item: how long it waited for KV and a seat"
+        default=None, description="with the first output token: how long it waited for KV and a seat"
     )
 
 

@@ -7,11 +7,15 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from inspect import isawaitable
+from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
 
 from shared.embedded_nats import EmbeddedNats
+
+if TYPE_CHECKING:
+    from tests.tiny_models import TinyModels
 
 DEADLINE_SECONDS = 20.0
 
@@ -44,6 +48,14 @@ async def own_nats_server() -> AsyncIterator[EmbeddedNats]:
     """A nats-server that the test may kill and restart."""
     async with EmbeddedNats() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """Small random models of every served architecture."""
+    from tests.tiny_models import TinyModels  # imports torch, which few tests need
+
+    return TinyModels(tmp_path_factory.mktemp("tiny-models"))
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ class WorkerSettings(Settings):
         default=2 * MIB, ge=4096, description="unit of memory that moves between weights and KV"
     )
     watermark: float = Field(
-        default=0.01, ge=0.0, lt=1.0, description="share of the KV pool kept free at admission"
+        default=0.05, ge=0.0, lt=0.1, description="share of the KV pool kept free at admission"
     )
     load_interval_seconds: float = Field(
         default=0.1, gt=0.0, le=5.0, description="time between load reports"
