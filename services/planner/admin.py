@@ -1,4 +1,8 @@
-"""Operators' wishes, passed on by a router and answered by the leading planner."""
+"""Operators' wishes, passed on by a router and answered by the leading planner.
+
+A drained worker shows so in its lease, and for that leaves the plan: a planner that takes the lead
+later knows of it too.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,6 @@ class AdminDesk:
 
     Args:
         workers: the living workers by id.
-        on_drained: called with the id of each worker that took a Drain.
     """
 
     def __init__(
@@ -29,12 +32,10 @@ class AdminDesk:
         bus: Bus,
         subjects: Subjects,
         workers: Callable[[], Mapping[str, WorkerInfo]],
-        on_drained: Callable[[str], None],
     ) -> None:
         self._bus = bus
         self._subjects = subjects
         self._workers = workers
-        self._on_drained = on_drained
         self._subscription: Subscription | None = None
         self._waiting: asyncio.Queue[BusMessage] = asyncio.Queue(MAX_WAITING)
         self._log = structlog.get_logger(component="admin")
@@ -107,5 +108,4 @@ class AdminDesk:
             return f"worker {worker_id} did not answer: {error}"
         if answer.error:
             return f"worker {worker_id} refuses: {answer.error}"
-        self._on_drained(worker_id)
         return ""

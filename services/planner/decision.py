@@ -54,7 +54,6 @@ class Inputs:
     stored: Plan | None = None
     remembered: Plan | None = None
     applied: tuple[int, int] = (0, 0)
-    draining: frozenset[str] = frozenset()
     membership_held: bool = False
     stale_loads: frozenset[str] = frozenset()
     now: float = 0.0
@@ -78,7 +77,7 @@ def decide(inputs: Inputs) -> Decision:
     workers applied, so that it is taken by all even after the store was lost.
     """
     previous = _newest(inputs.stored, inputs.remembered)
-    layout = stable_layout(inputs.workers, inputs.draining, previous)
+    layout = stable_layout(inputs.workers, previous)
     if layout is None:
         return Decision(Action.HOLD, Rule.NO_WORKER_YET)
     if previous is None:

@@ -7,7 +7,7 @@ group of its own: an ordinary replica.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -40,14 +40,11 @@ def group_id_of(worker_id: str) -> str:
     return f"g-{worker_id}"
 
 
-def stable_layout(
-    workers: Mapping[str, WorkerInfo], draining: Set[str], previous: Plan | None
-) -> Layout | None:
+def stable_layout(workers: Mapping[str, WorkerInfo], previous: Plan | None) -> Layout | None:
     """The layout in which each worker is a whole replica.
 
     Args:
         workers: living workers by id.
-        draining: workers that an operator took out.
         previous: the layout now, whose model is kept while any worker has it.
 
     Returns:
@@ -56,9 +53,7 @@ def stable_layout(
     model = _choose_model(workers, previous)
     if model is None:
         return None
-    verdicts = {
-        worker_id: _judge(info, worker_id in draining, model) for worker_id, info in workers.items()
-    }
+    verdicts = {worker_id: _judge(info, model) for worker_id, info in workers.items()}
     whole = Span(start=0, end=model[1])
     groups = tuple(
         GroupPlan(
@@ -106,10 +101,10 @@ def _choose_model(
     return min(models, key=lambda model: (-models[model], model), default=None)
 
 
-def _judge(info: WorkerInfo, is_draining: bool, model: tuple[str, int]) -> WorkerVerdict:
+def _judge(info: WorkerInfo, model: tuple[str, int]) -> WorkerVerdict:
     if (info.model_id, info.num_layers) != model:
         return WorkerVerdict.OTHER_MODEL
-    if is_draining or info.state is WorkerState.DRAINING:
+    if info.state is WorkerState.DRAINING:
         return WorkerVerdict.DRAINING
     if info.state is WorkerState.STARTING:
         return WorkerVerdict.STARTING

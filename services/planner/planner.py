@@ -66,11 +66,10 @@ class Planner:
         self._view = MemberView(bus, buckets.members, ttl, clock)
         self._view.subscribe(self._on_member)
         self._election = LeaderElection(buckets.leader, settings.planner_id, ttl, clock)
-        self._desk = AdminDesk(bus, self._subjects, lambda: self._view.workers, self._on_drained)
+        self._desk = AdminDesk(bus, self._subjects, lambda: self._view.workers)
         self._acks = AckBoard(settings.ack_timeout_seconds)
         self._loads = LoadBoard(settings.load_stale_seconds)
         self._remembered: Plan | None = None
-        self._draining: set[str] = set()
         self._trouble = ""
         self._wake = asyncio.Event()
         self._log = structlog.get_logger(component="planner", planner=settings.planner_id)
@@ -99,13 +98,8 @@ class Planner:
     def _on_member(self, event: MemberEvent) -> None:
         if isinstance(event.info, WorkerInfo):
             if event.kind in (MemberEventKind.LEFT, MemberEventKind.RESTARTED):
-                self._draining.discard(event.info.worker_id)
                 self._loads.forget(event.info.worker_id)
             self._wake.set()
-
-    def _on_drained(self, worker_id: str) -> None:
-        self._draining.add(worker_id)
-        self._wake.set()
 
     async def _on_reconnect(self) -> None:
         self._wake.set()
@@ -200,7 +194,6 @@ class Planner:
             stored=stored,
             remembered=self._remembered,
             applied=(applied_term, max([applied_epoch, self._loads.newest_epoch, *epochs])),
-            draining=frozenset(self._draining),
             membership_held=self._view.is_held,
             stale_loads=self._loads.stale(serving, self._clock()),
             now=time.time(),
@@ -263,7 +256,6 @@ class Planner:
             },
             "routers": sorted(self._view.routers),
             "planners": sorted(self._view.planners),
-            "draining": sorted(self._draining),
             "stale_loads": sorted(self._loads.stale(self._view.workers, self._clock())),
             "plan": plan.model_dump(mode="json") if plan else None,
         }

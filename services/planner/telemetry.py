@@ -90,7 +90,6 @@ class Telemetry:
             rule=decision.rule.value,
             term=inputs.term,
             workers={worker: verdict.value for worker, verdict in decision.verdicts.items()},
-            draining=sorted(inputs.draining),
             stale_loads=sorted(inputs.stale_loads),
             membership_held=inputs.membership_held,
             applied=list(inputs.applied),

@@ -29,7 +29,7 @@ class WatchFeed:
         self._read_all = read_all
         self._pending: deque[KeyValueEntry] = deque()
         self._newest_hint = 0
-        self._told: dict[str, int] = {}
+        self._told: dict[str, KeyValueEntry] = {}
         self._must_read = True
         self._wake = asyncio.Event()
 
@@ -58,7 +58,7 @@ class WatchFeed:
                     yield entry
             while self._pending:
                 entry = self._pending.popleft()
-                if entry.revision > self._told.get(entry.key, 0):
+                if self._is_news(entry):
                     self._remember(entry)
                     yield entry
             if self._must_read:
@@ -78,18 +78,28 @@ class WatchFeed:
             self._must_read = True
             return []
         gone = [
-            KeyValueEntry(key, None, revision)
-            for key, revision in self._told.items()
+            KeyValueEntry(key, None, entry.revision)
+            for key, entry in self._told.items()
             if key not in present
         ]
-        changed = [
-            entry for entry in present.values() if self._told.get(entry.key) != entry.revision
-        ]
-        self._told = {entry.key: entry.revision for entry in present.values()}
+        changed = [entry for entry in present.values() if self._told.get(entry.key) != entry]
+        self._told = dict(present)
         return gone + changed
+
+    def _is_news(self, entry: KeyValueEntry) -> bool:
+        """False for what was told already, or is older than a full read that came in between.
+
+        The same revision with another value is of a store that began anew.
+        """
+        told = self._told.get(entry.key)
+        if told is None:
+            return True
+        return entry.revision > told.revision or (
+            entry.revision == told.revision and entry.value != told.value
+        )
 
     def _remember(self, entry: KeyValueEntry) -> None:
         if entry.value is None:
             self._told.pop(entry.key, None)
         else:
-            self._told[entry.key] = entry.revision
+            self._told[entry.key] = entry

@@ -16,7 +16,7 @@ from shared.bus.base import Bus, NoRespondersError, RevisionConflictError
 from shared.bus.memory import MemoryBus, MemoryServer
 from shared.bus.nats import connect
 from shared.embedded_nats import EmbeddedNats
-from shared.messages import AdminAction, AdminReply, AdminRequest
+from shared.messages import AdminAction, AdminReply, AdminRequest, LeaderLease
 from shared.subjects import LEADER_KEY, PLAN_KEY, Subjects
 from tests.conftest import eventually
 from tests.planner_support import (
@@ -180,6 +180,10 @@ async def test_a_leader_that_leaves_hands_over_without_waiting_for_its_lease(
     async with running_planner(await connect_bus(), unique, "p0"):
         await eventually(plan_is(bus, unique, "a"))
         await stack.enter_async_context(running_planner(await connect_bus(), unique, "p1"))
+    leader = await open_leader(bus, Subjects(unique), LEASE_TTL_SECONDS)
+    entry = await leader.get(LEADER_KEY)
+    assert entry is not None, "the lease must not have expired yet"
+    assert not entry.value or LeaderLease.decode(entry.value).planner_id == "p1"
     await stack.enter_async_context(PaperWorker(bus, unique, "b").living())
     await eventually(plan_is(bus, unique, "a", "b"))
 

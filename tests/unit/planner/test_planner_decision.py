@@ -48,8 +48,8 @@ def test_a_change_of_workers_is_a_new_epoch_and_says_what_changed() -> None:
 
 def test_a_draining_worker_leaves_the_layout() -> None:
     stored = plan_for("a", "b")
-    draining = frozenset({"a"})
-    plan = published(decide(Inputs(1, workers("a", "b"), stored, draining=draining)))
+    living = workers("a", "b") | {"a": worker_info("a", state=WorkerState.DRAINING)}
+    plan = published(decide(Inputs(1, living, stored)))
     assert leaders(plan) == ["b"]
 
 

@@ -30,11 +30,11 @@ def worker_sets(draw: st.DrawFn) -> dict[str, WorkerInfo]:
     }
 
 
-@given(workers=worker_sets(), draining=st.frozensets(st.sampled_from("abcdef")))
+@given(workers=worker_sets())
 def test_every_layer_has_a_living_owner_in_every_group(
-    workers: dict[str, WorkerInfo], draining: frozenset[str]
+    workers: dict[str, WorkerInfo],
 ) -> None:
-    layout = stable_layout(workers, draining, None)
+    layout = stable_layout(workers, None)
     if layout is None:
         assert not workers
         return
@@ -47,14 +47,13 @@ def test_every_layer_has_a_living_owner_in_every_group(
             assert owner.state is WorkerState.READY
             assert owner.model_id == layout.model_id
             assert any(layer in span for span in owner.layers)
-            assert owner.worker_id not in draining
 
 
-@given(workers=worker_sets(), draining=st.frozensets(st.sampled_from("abcdef")))
+@given(workers=worker_sets())
 def test_every_worker_gets_one_verdict_and_those_who_serve_one_group(
-    workers: dict[str, WorkerInfo], draining: frozenset[str]
+    workers: dict[str, WorkerInfo],
 ) -> None:
-    layout = stable_layout(workers, draining, None)
+    layout = stable_layout(workers, None)
     if layout is None:
         return
     assert layout.verdicts.keys() == workers.keys()
@@ -64,8 +63,8 @@ def test_every_worker_gets_one_verdict_and_those_who_serve_one_group(
 
 
 def test_the_group_of_a_worker_keeps_its_id_when_others_come_and_go() -> None:
-    alone = stable_layout({"b": worker_info("b")}, frozenset(), None)
-    among = stable_layout({w: worker_info(w) for w in "abc"}, frozenset(), None)
+    alone = stable_layout({"b": worker_info("b")}, None)
+    among = stable_layout({w: worker_info(w) for w in "abc"}, None)
     assert alone is not None
     assert among is not None
     assert alone.groups[0] in among.groups
@@ -99,11 +98,11 @@ def test_the_model_is_kept_while_a_worker_has_it() -> None:
         created_at=0.0,
     )
     workers = {info.worker_id: info for info in [old, *new]}
-    both = stable_layout(workers, frozenset(), previous)
+    both = stable_layout(workers, previous)
     assert both is not None
     assert both.model_id == "old"
     assert both.verdicts["b"] is WorkerVerdict.OTHER_MODEL
     del workers["a"]
-    replaced = stable_layout(workers, frozenset(), previous)
+    replaced = stable_layout(workers, previous)
     assert replaced is not None
     assert replaced.model_id == "new"

@@ -192,6 +192,26 @@ async def test_routers_and_planners_are_members_too() -> None:
         assert view.workers == {}
 
 
+async def test_who_renews_late_after_an_outage_has_not_left() -> None:
+    world = World()
+    _, members = await world.open("writer")
+    for name in ("prompt", "late"):
+        await members.put(worker_key(name), worker_info(name).encode())
+    async with world.view() as view:
+        assert set(view.workers) == {"prompt", "late"}
+        world.server.stop()
+        outage_ends_at = time.monotonic() + SHORT_TTL_SECONDS
+        await eventually(lambda: time.monotonic() > outage_ends_at)
+        world.server.start(wipe_store=False)
+        for incarnation in ("2", "3"):
+            info = worker_info("prompt", incarnation=incarnation)
+            await members.put(worker_key("prompt"), info.encode())
+            await eventually(lambda: view.workers["prompt"].incarnation == incarnation)  # noqa: B023
+        await members.put(worker_key("late"), worker_info("late", incarnation="2").encode())
+        await eventually(lambda: view.workers["late"].incarnation == "2")
+    assert not [event for event in world.events if event[0] == "left"]
+
+
 @pytest.mark.parametrize("wipe_store", [False, True])
 async def test_an_outage_makes_nobody_leave_who_lives(wipe_store: bool) -> None:
     world = World()
