@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import structlog
 
@@ -20,7 +20,7 @@ from services.router.link import Reach, WorkerLink
 from services.router.metrics import RouterMetrics
 from services.router.request_state import IllegalTransitionError, RequestState, Verdict
 from services.router.session import GenerationInput, Session
-from shared.messages import FinishReason, TokenFrame, TokenItem
+from shared.messages import FinishReason, TokenItem
 
 #: A request that loses so many workers is more likely the cause than the victim.
 MAX_LOSSES = 8
@@ -109,17 +109,13 @@ class Generator:
         if was_live:
             await self._cancel(session)
 
-    def deliver(self, frame: TokenFrame, now: float) -> Iterable[TokenItem]:
-        """Hand a frame's items to their sessions; returns those that nobody wants any more."""
-        strays = []
-        for item in frame.items:
-            session = self._sessions.get(item.request_id)
-            verdict = session.deliver(item, now) if session else Verdict.STALE
-            if verdict is Verdict.STALE:
-                strays.append(item)
-            elif verdict is Verdict.GAP:
-                self._metrics.stream_gaps.inc()
-        return strays
+    def deliver(self, item: TokenItem, now: float) -> Verdict:
+        """Hand an item to its session; STALE where nobody wants it any more."""
+        session = self._sessions.get(item.request_id)
+        verdict = session.deliver(item, now) if session else Verdict.STALE
+        if verdict is Verdict.GAP:
+            self._metrics.stream_gaps.inc()
+        return verdict
 
     def lose_worker(self, worker_id: str, reason: str) -> None:
         """A worker is gone: replay all it was doing, and send it nothing before it reports."""

@@ -11,6 +11,7 @@ come back and new requests wait in the queue.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import time
@@ -61,6 +62,9 @@ async def run(settings: RouterSettings) -> None:
     cache_dir = settings.cache_dir or default_cache_dir(os.environ)
     directory = await asyncio.to_thread(resolve_tokenizer, settings.model, cache_dir)
     tokenizer = load_tokenizer(directory)
+    # Vocabulary and modules live for ever: a full collection need not walk them under load.
+    gc.collect()
+    gc.freeze()
     bus = await connect(
         settings.nats,
         service="router",

@@ -6,6 +6,7 @@ is on its way): it is sent again, but at most once a second for each request.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 
@@ -14,11 +15,14 @@ import structlog
 from services.router.generator import Generator
 from services.router.link import WorkerLink
 from services.router.metrics import RouterMetrics
+from services.router.request_state import Verdict
 from shared.bus.base import BusMessage
 from shared.messages import TokenFrame
 from shared.wire import MessageError
 
 _CANCEL_PACE_SECONDS = 1.0
+#: A large frame wakes its readers in slices, so that other requests get their turn in between.
+_ITEMS_PER_SLICE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +51,13 @@ class TokenInbox:
             self._metrics.malformed.inc()
             self._log.warning("frame.malformed", error=str(error))
             return
-        for item in self._generator.deliver(frame, time.monotonic()):
-            if item.finish_reason is None:
+        now = time.monotonic()
+        for number, item in enumerate(frame.items, start=1):
+            verdict = self._generator.deliver(item, now)
+            if verdict is Verdict.STALE and item.finish_reason is None:
                 self._strays[_Stray(frame.worker_id, item.request_id, item.attempt)] = None
+            if number % _ITEMS_PER_SLICE == 0:
+                await asyncio.sleep(0)
 
     async def cancel_strays(self, now: float) -> None:
         """Cancel what still runs though nobody wants it; called by the watchdog."""
