@@ -120,7 +120,8 @@ def _draw(logits: torch.Tensor, row: SamplingRow) -> int:  # [vocab]
     # target below the last sum keeps the search inside the vocabulary.
     total = float(cumulative[-1])
     target = min(uniform(row.params.seed, row.position) * total, math.nextafter(total, 0.0))
-    return int(np.searchsorted(cumulative, target, side="right"))
+    token_id = int(np.searchsorted(cumulative, target, side="right"))
+    return min(token_id, cumulative.size - 1)  # logits that are not numbers still give a token
 
 
 def _floor(probabilities: npt.NDArray[np.float32], params: SamplingParams) -> float:
@@ -147,7 +148,7 @@ def _nucleus_floor(candidates: npt.NDArray[np.float32], top_p: float) -> float:
     """
     total = float(candidates.sum(dtype=np.float64))
     mean_left_out = (1.0 - top_p) * total / candidates.size
-    descending = np.sort(candidates[candidates >= mean_left_out])[::-1]
+    descending = np.sort(candidates[~(candidates < mean_left_out)])[::-1]
     mass = descending.cumsum(dtype=np.float64)
     last = int(np.searchsorted(mass, top_p * total))
     return float(descending[min(last, descending.size - 1)])

@@ -121,6 +121,15 @@ def test_logprobs_are_the_model_s_own() -> None:
     assert token.logprobs.rank == int((expected > expected[token.token_id]).sum()) + 1
 
 
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_logits_that_are_not_numbers_still_give_a_token(
+    params: dict[str, float], value: float
+) -> None:
+    [token] = sample(torch.full((1, VOCAB), value), [row(seed=1, **params)])
+    assert 0 <= token.token_id < VOCAB
+
+
 @given(st.integers(0, 2**63 - 1), st.integers(1, 12))
 @settings(max_examples=40, deadline=None)
 def test_a_row_draws_the_same_alone_and_among_others(seed: int, neighbours: int) -> None:
