@@ -18,7 +18,6 @@ chunks it is computed with (`src/kernels.h` says how).
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 from types import TracebackType

@@ -68,7 +68,7 @@ class LlamaLayerWeights(ctypes.Structure):
 
 
 class AttentionBatchStruct(ctypes.Structure):
-    """`struct attention_batch`; made and owned by `CpuKernels.AttentionBatch`."""
+    """`struct attention_batch`; made and owned by `cpu.AttentionBatch`."""
 
     _fields_ = [
         ("num_tokens", c_int64),

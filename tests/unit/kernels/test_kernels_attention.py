@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_helpers import Pages, batch_of, geometry
 
 from services.worker.kernels.cpu import AttentionBatch, CpuKernels
 from tests import oracles
-from kernel_helpers import Pages, batch_of, geometry
 
 Span = tuple[int, int, int]  # sequence, first and last + 1 position of its query tokens
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_helpers import aligned_floats, geometry
 
 from services.worker.kernels.cpu import CpuKernels
-from kernel_helpers import aligned_floats, geometry
 
 
 @pytest.mark.parametrize("dim", [576, 64, 37, 8192])

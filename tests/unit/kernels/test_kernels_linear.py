@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_helpers import aligned_floats, pack
 
 from services.worker.kernels.cpu import CpuKernels
-from kernel_helpers import aligned_floats, pack
 
 SHAPES = [(960, 576), (576, 576), (576, 1536), (100, 37), (7, 3), (33, 2048), (16, 8192), (1, 1)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -121,9 +120,9 @@ class Layer:
 
 
 @pytest.fixture(params=FAMILY)
-def layer(request: pytest.FixtureRequest, kernels: CpuKernels) -> Iterator[Layer]:
+def layer(request: pytest.FixtureRequest, kernels: CpuKernels) -> Layer:
     make, config = FAMILY[request.param]
-    yield Layer(kernels, make(config, layer_idx=0).eval(), config)
+    return Layer(kernels, make(config, layer_idx=0).eval(), config)
 
 
 def test_equals_the_transformers_layer(layer: Layer, kernels: CpuKernels) -> None:

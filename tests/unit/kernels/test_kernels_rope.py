@@ -18,9 +18,7 @@ def test_rotates_and_stores_at_the_slots(kernels: CpuKernels, head_dim: int) -> 
     heads = qkv.clone().view(30, 8, head_dim)
     batch = batch_of(pages, [(0, 20, 50)], cos, sin)
     kernels.rope_and_store(qkv, pages.kv.data_ptr(), shape, batch)
-    q, k = apply_rotary_pos_emb(
-        heads[:, :4], heads[:, 4:6], cos[20:], sin[20:], unsqueeze_dim=1
-    )
+    q, k = apply_rotary_pos_emb(heads[:, :4], heads[:, 4:6], cos[20:], sin[20:], unsqueeze_dim=1)
     slots = pages.slots(0, 20, 50)
     stored = pages.kv[slots // 16, :, slots % 16]
     torch.testing.assert_close(qkv.view(30, 8, head_dim)[:, :4], q, rtol=1e-6, atol=1e-6)

@@ -2,25 +2,24 @@
  * place from the layer's pages (the layout is pictured in rope.c).
  *
  * One item of the pool is (a tile of query tokens of one sequence) x (one KV head). Its rows are
- * tokens x the G query heads that share the KV head, about 48 rows so that turning a K block
- * around is paid once for many:
+ * tokens x the G query heads that share the KV head, about 48 rows, so that transposing K is
+ * paid once for many. Keys pass by in spans of 4 pages of 16:
  *
- *     for each block of 16 keys, in order of position:
- *         kt [D][16]      = K block, transposed in registers
- *         s  [rows][16]   = q [rows][D] x kt                    chain over D, one per key
- *         p  [rows][16]   = exp(s - running max); rescale the row if the max rose
- *         acc [rows][D]  += p [rows][16] x V block [16][D]      chain over keys, one per column
+ *     for each span of 64 keys, in order of position:
+ *         kt [4][D][16]   = K pages, transposed
+ *         p  [rows][64]   = q [rows][D] x kt                    one chain over D per key
+ *         p               = exp(p - running max); if the max rose, acc and sum shrink
+ *         acc [rows][D]  += p [rows][64] x V pages [64][D]      one chain over keys per column
  *     out = acc / sum of p
  *
- * Blocks start at multiples of 16 positions and a row skips those it cannot see, so a row passes
- * through the same arithmetic as decode, in any prefill chunk and in any batch. At the edges (the
- * causal diagonal, the window's lower end, the end of the sequence) keys a row does not see take
- * no part: their scores become -inf before the max, and their V rows are not multiplied at all,
- * since 0 x NaN is NaN and memory beyond a sequence may hold anything.
+ * Spans start at multiples of 64 positions and a row skips those it cannot see, so a row passes
+ * through the same arithmetic in decode, in any prefill chunk and in any batch. At the edges (the
+ * causal diagonal, the window's lower end, the end of the sequence) keys that a row does not see
+ * take no part: their scores become -inf before the max, and their V rows are not multiplied at
+ * all, since 0 x NaN is NaN and memory beyond a sequence may hold anything.
  *
- * Both products are one inlined body of up to ROW_TILE x 16 accumulators. Decode is bound by
- * reading K and V (8 D bytes for 4 D G flops per key and KV head): the next block, which lies
- * anywhere, is prefetched while this one is computed.
+ * Decode is bound by reading K and V (8 D bytes for 4 D G flops per key): the span after this
+ * one, whose pages lie anywhere, is prefetched page by page while this one is computed.
  */
 #include "kernels.h"
 
@@ -28,13 +27,15 @@ enum {
     TARGET_ROWS = 48,
     MAX_ROWS = 128, /* >= TARGET_ROWS and >= query heads per KV head */
     MAX_TILE_TOKENS = 16,
+    SPAN_PAGES = 4,
+    SPAN_KEYS = SPAN_PAGES * KV_BLOCK_SIZE,
 };
 
 struct scratch {
-    float kt[MAX_HEAD_DIM * KV_BLOCK_SIZE];
+    float kt[SPAN_PAGES * MAX_HEAD_DIM * KV_BLOCK_SIZE];
     float q[MAX_ROWS * MAX_HEAD_DIM];
     float acc[MAX_ROWS * MAX_HEAD_DIM];
-    float p[MAX_ROWS * KV_BLOCK_SIZE];
+    float p[MAX_ROWS * SPAN_KEYS];
     f32x16 sum[MAX_ROWS];
     float max[MAX_ROWS];
 };
@@ -49,146 +50,49 @@ struct attention_call {
     struct pool *pool;
 };
 
-/* Query tokens [first, first + tokens) of a sequence for one KV head. */
+/* Query tokens of one sequence for one KV head. */
 struct query_tile {
-    int64_t tokens, group, rows, head_dim;
+    int64_t group, rows, head_dim, tokens;
     int64_t first_token;    /* row in q and out */
     int64_t first_position; /* in the sequence */
-    int64_t window, block_begin, block_end;
+    int64_t window;
+    int64_t page_begin, page_end; /* pages that some row sees */
     const int32_t *blocks;
+    const float *k;                     /* this head's first K row in block 0 */
+    int64_t token_stride, block_stride; /* of kv, in floats */
 };
 
 struct key_range {
-    int64_t begin, end; /* the keys of one block that a row sees */
+    int64_t begin, end;
 };
 
-/* c [rows, 16] += a [rows, k] x b [k, 16]: one fma chain per element, k ascending. */
-INLINE void multiply_add(float *c, int64_t c_stride, const float *a, int64_t a_stride,
-                         const float *b, int64_t b_stride, int64_t k_size, const int rows) {
-    f32x16 acc[ROW_TILE];
-    UNROLL for (int r = 0; r < rows; r++) acc[r] = LOAD(f32x16, c + r * c_stride);
-    NO_UNROLL for (int64_t k = 0; k < k_size; k++) {
-        const f32x16 b_k = LOAD(f32x16, b + k * b_stride);
-        UNROLL for (int r = 0; r < rows; r++)
-            acc[r] = FMA(splat16(a[r * a_stride + k]), b_k, acc[r]);
-    }
-    UNROLL for (int r = 0; r < rows; r++) STORE(f32x16, c + r * c_stride, acc[r]);
-}
-
-static void multiply_add_rows(float *c, int64_t c_stride, const float *a, int64_t a_stride,
-                              const float *b, int64_t b_stride, int64_t k_size, int64_t rows) {
-#define CASE(r) \
-    case r: multiply_add(c, c_stride, a, a_stride, b, b_stride, k_size, r); break;
-    for (; rows > 0; rows -= ROW_TILE, c += ROW_TILE * c_stride, a += ROW_TILE * a_stride) {
-        switch (min_i64(rows, ROW_TILE)) {
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if defined(__AVX512F__)
-            CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
-        }
-    }
-#undef CASE
-}
-
-/* 16 x 16 floats: two rounds inside 128-bit quarters, two rounds of whole quarters. */
-INLINE void transpose_16x16(const float *in, int64_t in_stride, float *out) {
-    f32x16 a[16], b[16];
-    UNROLL for (int i = 0; i < 16; i++) a[i] = LOAD(f32x16, in + i * in_stride);
-#define QUARTERS(v, w, i, j, k, l) \
-    __builtin_shufflevector(v, w, i, j, k, l, 4 + i, 4 + j, 4 + k, 4 + l, 8 + i, 8 + j, 8 + k, \
-                            8 + l, 12 + i, 12 + j, 12 + k, 12 + l)
-#define HALVES(v, w, i, j) \
-    __builtin_shufflevector(v, w, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3, 4 * j, 4 * j + 1, \
-                            4 * j + 2, 4 * j + 3, 16 + 4 * i, 17 + 4 * i, 18 + 4 * i, \
-                            19 + 4 * i, 16 + 4 * j, 17 + 4 * j, 18 + 4 * j, 19 + 4 * j)
-    UNROLL for (int i = 0; i < 16; i += 2) {
-        b[i] = QUARTERS(a[i], a[i + 1], 0, 16, 1, 17);
-        b[i + 1] = QUARTERS(a[i], a[i + 1], 2, 18, 3, 19);
-    }
-    UNROLL for (int i = 0; i < 16; i += 4) { /* a[i + c]: columns c, 4 + c, ... of 4 rows */
-        a[i] = QUARTERS(b[i], b[i + 2], 0, 1, 16, 17);
-        a[i + 1] = QUARTERS(b[i], b[i + 2], 2, 3, 18, 19);
-        a[i + 2] = QUARTERS(b[i + 1], b[i + 3], 0, 1, 16, 17);
-        a[i + 3] = QUARTERS(b[i + 1], b[i + 3], 2, 3, 18, 19);
-    }
-    UNROLL for (int c = 0; c < 4; c++) {
-        const f32x16 even_top = HALVES(a[c], a[4 + c], 0, 2);
-        const f32x16 odd_top = HALVES(a[c], a[4 + c], 1, 3);
-        const f32x16 even_low = HALVES(a[8 + c], a[12 + c], 0, 2);
-        const f32x16 odd_low = HALVES(a[8 + c], a[12 + c], 1, 3);
-        STORE(f32x16, out + (0 + c) * 16, HALVES(even_top, even_low, 0, 2));
-        STORE(f32x16, out + (4 + c) * 16, HALVES(odd_top, odd_low, 0, 2));
-        STORE(f32x16, out + (8 + c) * 16, HALVES(even_top, even_low, 1, 3));
-        STORE(f32x16, out + (12 + c) * 16, HALVES(odd_top, odd_low, 1, 3));
-    }
-#undef QUARTERS
-#undef HALVES
-}
-
-INLINE void prefetch_rows(const float *block, int64_t stride, int64_t dim) {
-    for (int64_t i = 0; i < KV_BLOCK_SIZE; i++) {
-        for (int64_t d = 0; d < dim; d += CACHE_LINE_FLOATS) PREFETCH(block + i * stride + d);
-    }
-}
-
-static struct key_range visible_keys(const struct query_tile *t, int64_t row, int64_t block) {
+/* The keys in [first, first + count) that a row sees, counted from first. */
+static struct key_range visible_keys(const struct query_tile *t, int64_t row, int64_t first,
+                                     int64_t count) {
     const int64_t position = t->first_position + row / t->group;
-    const int64_t first = block * KV_BLOCK_SIZE;
     const int64_t oldest = t->window ? max_i64(0, position - t->window + 1) : 0;
-    return (struct key_range){max_i64(0, oldest - first),
-                              min_i64(KV_BLOCK_SIZE, position + 1 - first)};
+    return (struct key_range){max_i64(0, oldest - first), min_i64(count, position + 1 - first)};
 }
 
-/* Whether every row of the tile sees all keys of the block. */
-static int all_visible(const struct query_tile *t, int64_t block) {
-    const struct key_range first = visible_keys(t, 0, block);
-    const struct key_range last = visible_keys(t, t->rows - 1, block);
-    return first.end == KV_BLOCK_SIZE && last.begin == 0;
+/* Whether every row of the tile sees all these keys. */
+static int all_visible(const struct query_tile *t, int64_t first, int64_t count) {
+    const struct key_range low = visible_keys(t, 0, first, count);
+    const struct key_range high = visible_keys(t, t->rows - 1, first, count);
+    return low.end == count && high.begin == 0;
 }
 
-/* Turns the row's 16 scores in s->p into weights, keeping the running max and sum. */
-INLINE void soften_row(struct scratch *s, const struct query_tile *t, int64_t row,
-                       f32x16 scores) {
-    const float max = larger(max16(scores), s->max[row]);
-    const f32x16 p = exp16(scores - splat16(max));
-    if (max > s->max[row]) {
-        const f32x16 shrink = exp16(splat16(s->max[row] - max));
-        float *acc = s->acc + row * t->head_dim;
-        for (int64_t d = 0; d < t->head_dim; d += 16)
-            STORE(f32x16, acc + d, LOAD(f32x16, acc + d) * shrink);
-        s->sum[row] *= shrink;
-        s->max[row] = max;
-    }
-    s->sum[row] += p;
-    STORE(f32x16, s->p + row * KV_BLOCK_SIZE, p);
+static const float *page_keys(const struct query_tile *t, int64_t page) {
+    return t->k + t->blocks[page] * t->block_stride;
 }
 
-/* The keys of one block for all rows: v is the block's first V row of this head. */
-static void attend_whole_block(struct scratch *s, const struct query_tile *t, const float *v,
-                               int64_t v_stride) {
-    for (int64_t row = 0; row < t->rows; row++)
-        soften_row(s, t, row, LOAD(f32x16, s->p + row * KV_BLOCK_SIZE));
-    for (int64_t d = 0; d < t->head_dim; d += 16) {
-        multiply_add_rows(s->acc + d, t->head_dim, s->p, KV_BLOCK_SIZE, v + d, v_stride,
-                          KV_BLOCK_SIZE, t->rows);
-    }
+static const float *page_values(const struct query_tile *t, int64_t page) {
+    return page_keys(t, page) + KV_BLOCK_SIZE * t->token_stride;
 }
 
-/* The same for a block that some row sees only in part, or not at all. */
-static void attend_cut_block(struct scratch *s, const struct query_tile *t, int64_t block,
-                             const float *v, int64_t v_stride) {
-    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const f32x16 hidden = splat16(-__builtin_inff());
-    for (int64_t row = 0; row < t->rows; row++) {
-        const struct key_range keys = visible_keys(t, row, block);
-        if (keys.begin >= keys.end) continue;
-        const i32x16 seen = (lane >= (int32_t)keys.begin) & (lane < (int32_t)keys.end);
-        float *p = s->p + row * KV_BLOCK_SIZE;
-        soften_row(s, t, row, select16(seen, LOAD(f32x16, p), hidden));
-        for (int64_t d = 0; d < t->head_dim; d += 16) {
-            multiply_add(s->acc + row * t->head_dim + d, 0, p + keys.begin, 0,
-                         v + keys.begin * v_stride + d, v_stride, keys.end - keys.begin, 1);
-        }
+static void prefetch_rows(const struct query_tile *t, const float *rows) {
+    for (int64_t i = 0; i < KV_BLOCK_SIZE; i++) {
+        for (int64_t d = 0; d < t->head_dim; d += CACHE_LINE_FLOATS)
+            PREFETCH_L2(rows + i * t->token_stride + d);
     }
 }
 
@@ -208,6 +112,107 @@ static void load_queries(const struct attention_call *c, const struct query_tile
     }
 }
 
+/* p = q x keys of pages [begin, end), which lie in one span. */
+static void score_span(struct scratch *s, const struct query_tile *t, int64_t begin,
+                       int64_t end) {
+    const int64_t dim = t->head_dim, page_floats = dim * KV_BLOCK_SIZE;
+    for (int64_t page = begin; page < end; page++) {
+        const int64_t soon = page + SPAN_PAGES;
+        if (soon < t->page_end) prefetch_rows(t, page_keys(t, soon));
+        float *kt = s->kt + page % SPAN_PAGES * page_floats;
+        for (int64_t d = 0; d < dim; d += 16)
+            transpose_16x16(page_keys(t, page) + d, t->token_stride, kt + d * KV_BLOCK_SIZE);
+    }
+    for (int64_t row = 0; row < t->rows; row++) {
+        for (int64_t i = 0; i < SPAN_KEYS; i += 16)
+            STORE(f32x16, s->p + row * SPAN_KEYS + i, (f32x16){0});
+    }
+    multiply_add(&(struct small_product){
+        .c = s->p + begin % SPAN_PAGES * KV_BLOCK_SIZE,
+        .a = s->q,
+        .b = s->kt + begin % SPAN_PAGES * page_floats,
+        .c_stride = SPAN_KEYS,
+        .a_stride = dim,
+        .b_stride = KV_BLOCK_SIZE,
+        .c_vector_stride = KV_BLOCK_SIZE,
+        .b_vector_stride = page_floats,
+        .rows = t->rows,
+        .vectors = end - begin,
+        .k = dim,
+    });
+}
+
+/* Scores outside the range become -inf. */
+static void hide_keys(float *p, struct key_range seen) {
+    for (int64_t i = 0; i < seen.begin; i++) p[i] = -__builtin_inff();
+    for (int64_t i = max_i64(0, seen.end); i < SPAN_KEYS; i++) p[i] = -__builtin_inff();
+}
+
+/* Turns a row's scores into weights, keeping its running max and sum. */
+INLINE void soften_row(struct scratch *s, int64_t row, int64_t head_dim) {
+    float *p = s->p + row * SPAN_KEYS;
+    f32x16 v[SPAN_PAGES];
+    UNROLL for (int i = 0; i < SPAN_PAGES; i++) v[i] = LOAD(f32x16, p + 16 * i);
+    const f32x16 low = select16(v[0] > v[1], v[0], v[1]);
+    const f32x16 high = select16(v[2] > v[3], v[2], v[3]);
+    const float max = larger(max16(select16(low > high, low, high)), s->max[row]);
+    UNROLL for (int i = 0; i < SPAN_PAGES; i++) {
+        v[i] = exp16(v[i] - splat16(max));
+        STORE(f32x16, p + 16 * i, v[i]);
+    }
+    if (max > s->max[row]) {
+        const f32x16 shrink = exp16(splat16(s->max[row] - max));
+        float *acc = s->acc + row * head_dim;
+        for (int64_t d = 0; d < head_dim; d += 16)
+            STORE(f32x16, acc + d, LOAD(f32x16, acc + d) * shrink);
+        s->sum[row] *= shrink;
+        s->max[row] = max;
+    }
+    s->sum[row] += (v[0] + v[1]) + (v[2] + v[3]);
+}
+
+static void soften_span(struct scratch *s, const struct query_tile *t, int64_t first) {
+    const int whole = all_visible(t, first, SPAN_KEYS);
+    for (int64_t row = 0; row < t->rows; row++) {
+        if (!whole) {
+            const struct key_range seen = visible_keys(t, row, first, SPAN_KEYS);
+            if (seen.begin >= seen.end) continue;
+            hide_keys(s->p + row * SPAN_KEYS, seen);
+        }
+        soften_row(s, row, t->head_dim);
+    }
+}
+
+/* acc += p x V for keys [keys.begin, keys.end) of one page and rows [row, row + rows). */
+static void add_values(struct scratch *s, const struct query_tile *t, int64_t page, int64_t row,
+                       int64_t rows, struct key_range keys) {
+    if (keys.begin >= keys.end) return;
+    multiply_add(&(struct small_product){
+        .c = s->acc + row * t->head_dim,
+        .a = s->p + row * SPAN_KEYS + page % SPAN_PAGES * KV_BLOCK_SIZE + keys.begin,
+        .b = page_values(t, page) + keys.begin * t->token_stride,
+        .c_stride = t->head_dim,
+        .a_stride = SPAN_KEYS,
+        .b_stride = t->token_stride,
+        .c_vector_stride = 16,
+        .b_vector_stride = 16,
+        .rows = rows,
+        .vectors = t->head_dim / 16,
+        .k = keys.end - keys.begin,
+    });
+}
+
+static void add_page_values(struct scratch *s, const struct query_tile *t, int64_t page) {
+    const int64_t first = page * KV_BLOCK_SIZE, soon = page + SPAN_PAGES;
+    if (soon < t->page_end) prefetch_rows(t, page_values(t, soon));
+    if (all_visible(t, first, KV_BLOCK_SIZE)) {
+        add_values(s, t, page, 0, t->rows, (struct key_range){0, KV_BLOCK_SIZE});
+        return;
+    }
+    for (int64_t row = 0; row < t->rows; row += t->group)
+        add_values(s, t, page, row, t->group, visible_keys(t, row, first, KV_BLOCK_SIZE));
+}
+
 static void store_results(const struct attention_call *c, const struct query_tile *t,
                           int64_t head, const struct scratch *s) {
     const int64_t out_stride = c->geometry->num_heads * t->head_dim;
@@ -222,26 +227,14 @@ static void store_results(const struct attention_call *c, const struct query_til
 
 static void attend_tile(const struct attention_call *c, const struct query_tile *t, int64_t head,
                         struct scratch *s) {
-    const int64_t dim = t->head_dim, stride = c->geometry->num_kv_heads * dim;
-    const int64_t half_block = KV_BLOCK_SIZE * stride;
     load_queries(c, t, head, s);
-    for (int64_t b = t->block_begin; b < t->block_end; b++) {
-        const float *k = c->kv + t->blocks[b] * 2 * half_block + head * dim;
-        if (b + 1 < t->block_end) {
-            const float *next = c->kv + t->blocks[b + 1] * 2 * half_block + head * dim;
-            prefetch_rows(next, stride, dim);
-            prefetch_rows(next + half_block, stride, dim);
-        }
-        for (int64_t d = 0; d < dim; d += 16)
-            transpose_16x16(k + d, stride, s->kt + d * KV_BLOCK_SIZE);
-        for (int64_t row = 0; row < t->rows; row++)
-            STORE(f32x16, s->p + row * KV_BLOCK_SIZE, (f32x16){0});
-        multiply_add_rows(s->p, KV_BLOCK_SIZE, s->q, dim, s->kt, KV_BLOCK_SIZE, dim, t->rows);
-        if (all_visible(t, b)) {
-            attend_whole_block(s, t, k + half_block, stride);
-        } else {
-            attend_cut_block(s, t, b, k + half_block, stride);
-        }
+    for (int64_t begin = t->page_begin; begin < t->page_end;) {
+        const int64_t span = begin / SPAN_PAGES;
+        const int64_t end = min_i64(t->page_end, (span + 1) * SPAN_PAGES);
+        score_span(s, t, begin, end);
+        soften_span(s, t, span * SPAN_KEYS);
+        for (int64_t page = begin; page < end; page++) add_page_values(s, t, page);
+        begin = end;
     }
     store_results(c, t, head, s);
 }
@@ -268,6 +261,7 @@ static void attention_item(const void *context, int64_t item, int thread) {
     const int64_t q_len = c->batch->cu_seqlens_q[s + 1] - start;
     const int64_t first = (slot - start / c->tile_tokens - s) * c->tile_tokens;
     if (first >= q_len) return;
+    const int64_t head = item % g->num_kv_heads, token_stride = g->num_kv_heads * g->head_dim;
     struct query_tile t = {
         .tokens = min_i64(c->tile_tokens, q_len - first),
         .group = g->num_heads / g->num_kv_heads,
@@ -276,11 +270,14 @@ static void attention_item(const void *context, int64_t item, int thread) {
         .first_position = c->batch->seqused_k[s] - q_len + first,
         .window = g->sliding_window,
         .blocks = c->batch->block_table + s * c->batch->max_blocks,
+        .k = c->kv + head * g->head_dim,
+        .token_stride = token_stride,
+        .block_stride = 2 * KV_BLOCK_SIZE * token_stride,
     };
     t.rows = t.tokens * t.group;
-    t.block_end = (t.first_position + t.tokens - 1) / KV_BLOCK_SIZE + 1;
-    t.block_begin = visible_keys(&t, 0, 0).begin / KV_BLOCK_SIZE;
-    attend_tile(c, &t, item % g->num_kv_heads, pool_scratch(c->pool, thread));
+    t.page_end = (t.first_position + t.tokens - 1) / KV_BLOCK_SIZE + 1;
+    t.page_begin = visible_keys(&t, 0, 0, 0).begin / KV_BLOCK_SIZE;
+    attend_tile(c, &t, head, pool_scratch(c->pool, thread));
 }
 
 /* q: rows of q_stride floats, the first Hq x D of each being queries; kv: this layer's pages;

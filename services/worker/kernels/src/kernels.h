@@ -58,6 +58,7 @@ typedef int32_t i32x16 __attribute__((vector_size(64), may_alias));
 #define LOAD(type, address) ((type)(*(const type##_u *)(address)))
 #define STORE(type, address, value) (*(type##_u *)(address) = (value))
 #define PREFETCH(address) __builtin_prefetch((address), 0, 3)
+#define PREFETCH_L2(address) __builtin_prefetch((address), 0, 2)
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -199,6 +200,16 @@ EXPORT void copy_blocks(float *kv, const int64_t *pairs, int64_t num_pairs,
                         int64_t block_floats);
 EXPORT void zero_blocks(struct pool *pool, float *kv, const int64_t *blocks, int64_t num_blocks,
                         int64_t block_floats);
+
+/* c [rows, 16 * vectors] += a [rows, k] x b [k, 16 * vectors]; strides in floats. */
+struct small_product {
+    float *c;
+    const float *a, *b;
+    int64_t c_stride, a_stride, b_stride, c_vector_stride, b_vector_stride;
+    int64_t rows, vectors, k;
+};
+void multiply_add(const struct small_product *product);
+void transpose_16x16(const float *in, int64_t in_stride, float *out);
 
 /* One row of rms_norm; out may be x. */
 void rms_norm_row(const float *x, const float *weight, float eps, float *out, int64_t dim);

@@ -71,7 +71,8 @@ INLINE void multiply_tile(const struct tile *t, const int rows, const int num_pa
                 w[p * PANEL_VECTORS + v] = *(const f32xn *)(
                     panels + p * panel_floats + k * PANEL_WIDTH + v * LANES);
         }
-        PREFETCH(prefetch);
+        UNROLL for (int i = 0; i < PANEL_WIDTH; i += CACHE_LINE_FLOATS)
+            PREFETCH(prefetch + i * (int)sizeof(float));
         prefetch += prefetch_step;
         UNROLL for (int r = 0; r < rows; r++) {
             const f32xn x_r = splat_n(x[r * k_size + k]);
