@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
@@ -31,6 +32,7 @@ from services.cluster.settings import (
     threads_per_worker,
 )
 from services.cluster.supervisor import ChildKeeper, NatsKeeper, Readiness, Supervisor
+from services.worker.kernels.build import build_library, find_compiler
 from shared.bus.nats import Credentials, connect
 from shared.cache_dir import default_cache_dir
 from shared.embedded_nats import EmbeddedNats, find_binary
@@ -55,8 +57,7 @@ def run_up(settings: LocalClusterSettings) -> None:
     port = claim_port(settings.host, settings.port)
     if settings.nats is None:
         find_binary(os.environ)
-    cache_dir = settings.cache_dir or default_cache_dir(os.environ)
-    resolve_model(settings.model, cache_dir, ProgressReporter(sys.stderr, "Converting the model"))
+    prepare_cache(settings.model, settings.cache_dir or default_cache_dir(os.environ))
     with tempfile.TemporaryDirectory(prefix="kunserve-up-") as directory:
         asyncio.run(LocalCluster(settings, port, Path(directory)).run())
 
@@ -81,6 +82,18 @@ def claim_port(host: str, port: int) -> int:
             f"cannot listen on {host} port {port}: {error.strerror}; choose another --port or"
             " --host"
         ) from error
+
+
+def prepare_cache(model: str, cache_dir: Path) -> None:
+    """Convert the model and compile the kernels, side by side, once instead of in each worker."""
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        kernels = executor.submit(
+            lambda: build_library(find_compiler(os.environ), cache_dir / "kernels")
+        )
+        resolve_model(model, cache_dir, ProgressReporter(sys.stderr, "Converting the model"))
+        if not kernels.done():
+            structlog.get_logger(service="up").info("up.compiling_kernels", cache=str(cache_dir))
+        kernels.result()
 
 
 class LocalCluster:
