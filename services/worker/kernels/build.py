@@ -26,6 +26,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.errors import KunserveError
+
 SOURCE_DIR = Path(__file__).parent / "src"
 _COMPILER_DEADLINE_SECONDS = 180.0
 _OLDEST_GLIBC = "2.28"  # torch's own wheels ask for this one
@@ -41,7 +43,7 @@ _COMMON_FLAGS = (
 )
 
 
-class KernelBuildError(Exception):
+class KernelBuildError(KunserveError):
     """The CPU kernels cannot be compiled or loaded; the message names the compiler's log."""
 
 
@@ -91,12 +93,6 @@ def find_compiler(environ: Mapping[str, str], cpu: str = "native") -> Compiler:
         (sys.executable, "-m", "ziglang", "cc"),
         ("-target", target, f"-mcpu={cpu}", "-ffp-contract=off", "-fno-sanitize=undefined"),
     )
-
-
-def default_cache_dir(environ: Mapping[str, str]) -> Path:
-    """`$XDG_CACHE_HOME/kunserve/kernels`, by default under `~/.cache`."""
-    root = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "kunserve" / "kernels"
 
 
 def build_library(compiler: Compiler, cache_dir: Path) -> Path:

@@ -24,13 +24,14 @@ from types import TracebackType
 
 import torch
 
-from services.worker.kernels.build import build_library, default_cache_dir, find_compiler
+from services.worker.kernels.build import build_library, find_compiler
 from services.worker.kernels.library import (
     AttentionBatchStruct,
     LayerGeometry,
     LlamaLayerWeights,
     load_library,
 )
+from shared.cache_dir import default_cache_dir
 
 ALIGNMENT_BYTES = 64
 FLOAT_BYTES = 4
@@ -95,7 +96,7 @@ class CpuKernels:
         if num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, not {num_threads}")
         if library is None:
-            cache_dir = cache_dir or default_cache_dir(os.environ)
+            cache_dir = cache_dir or default_cache_dir(os.environ) / "kernels"
             library = build_library(find_compiler(os.environ), cache_dir)
         self.num_threads = num_threads
         self._library = load_library(library)

@@ -16,11 +16,11 @@ from services.worker.kernels.build import (
     Compiler,
     KernelBuildError,
     build_library,
-    default_cache_dir,
     find_compiler,
 )
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.kernels.library import load_library
+from shared.cache_dir import default_cache_dir
 
 DEADLINE_SECONDS = 120.0
 
@@ -95,7 +95,7 @@ def test_a_new_version_of_the_compiler_makes_another_library(tmp_path: Path) -> 
 def test_the_width_of_vectors_changes_no_bit(kernels: CpuKernels) -> None:
     if not torch.cpu._is_avx2_supported():
         pytest.skip("this CPU has no AVX2")
-    cache_dir = default_cache_dir(os.environ)
+    cache_dir = default_cache_dir(os.environ) / "kernels"
     library = build_library(find_compiler({}, cpu="x86_64_v3"), cache_dir)
     with CpuKernels(2, library=library) as narrow:
         assert all(
