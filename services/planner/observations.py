@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from shared.layout import Plan, Transition
 from shared.messages import AckState, LoadReport, PlanAck
 
+#: Result of a transition that every member applied.
+APPLIED = "applied"
+
 
 class LoadBoard:
     """The newest load report of each worker; a report too old says nothing."""
@@ -46,6 +49,18 @@ class _Pending:
     started_at: float
     deadline: float
 
+    def finished(self, result: str, now: float) -> Transition:
+        """What the log of transitions says of it."""
+        return Transition(
+            term=self.plan.term,
+            epoch=self.plan.epoch,
+            state=self.plan.state,
+            cause=self.plan.reason,
+            started_at=self.plan.created_at,
+            phase_seconds={self.plan.phase.value: round(now - self.started_at, 6)},
+            result=result,
+        )
+
 
 class AckBoard:
     """Who applied what, and whether the latest plan is applied by all its members.
@@ -82,10 +97,14 @@ class AckBoard:
             max((ack.epoch for ack in applied), default=0),
         )
 
-    def expect(self, plan: Plan, now: float) -> None:
-        """Wait for every member of `plan`; what was waited for before is superseded."""
+    def expect(self, plan: Plan, now: float) -> Transition | None:
+        """Wait for every member of `plan`; returns the transition that it supersedes, if any."""
+        superseded = self._pending
         members = frozenset(member.worker_id for group in plan.groups for member in group.members)
         self._pending = _Pending(plan, members, now, now + self._timeout_seconds)
+        if superseded is None:
+            return None
+        return superseded.finished(f"superseded by epoch {plan.epoch}", now)
 
     def settle(self, living: Iterable[str], now: float) -> Transition | None:
         """The finished transition, once: all living members answered, or the time is up."""
@@ -102,15 +121,7 @@ class AckBoard:
         if missing and now < pending.deadline:
             return None
         self._pending = None
-        return Transition(
-            term=pending.plan.term,
-            epoch=pending.plan.epoch,
-            state=pending.plan.state,
-            cause=pending.plan.reason,
-            started_at=pending.plan.created_at,
-            phase_seconds={pending.plan.phase.value: round(now - pending.started_at, 6)},
-            result=_result(answers, missing),
-        )
+        return pending.finished(_result(answers, missing), now)
 
 
 def _result(answers: dict[str, PlanAck], missing: list[str]) -> str:
@@ -121,4 +132,4 @@ def _result(answers: dict[str, PlanAck], missing: list[str]) -> str:
     ]
     if missing:
         problems.append(f"no answer from {', '.join(missing)}")
-    return "; ".join(problems) or "applied"
+    return "; ".join(problems) or APPLIED

@@ -22,7 +22,7 @@ from services.planner.plan_store import PlanStore
 from services.planner.settings import PlannerSettings
 from services.planner.telemetry import Telemetry
 from shared.bus.base import Bus, BusError, BusMessage, KeyValue, RevisionConflictError
-from shared.layout import Plan
+from shared.layout import Plan, Transition
 from shared.lifecycle import BackgroundTasks
 from shared.membership import RENEWALS_PER_TTL, MemberEvent, MemberEventKind, MemberView
 from shared.messages import LoadReport, PlanAck, WorkerInfo
@@ -210,7 +210,9 @@ class Planner:
         self._election.raise_term(plan.term)
         self._remember(plan)
         if decision.layout_changed:
-            self._acks.expect(plan, self._clock())
+            superseded = self._acks.expect(plan, self._clock())
+            if superseded is not None:
+                await self._finish(superseded)
 
     async def _settle(self) -> None:
         """Log the transition that is finished, and drop what nobody needs any more."""
@@ -218,13 +220,16 @@ class Planner:
         now = self._clock()
         transition = self._acks.settle(living, now)
         if transition is not None:
-            self._telemetry.settled(transition, sum(transition.phase_seconds.values()))
-            await self._store.append(transition)
+            await self._finish(transition)
         if self._view.is_held:
             return
         for worker_id in self._acks.worker_ids - living.keys():
             await self._acks_bucket.delete(worker_id)
             self._acks.forget(worker_id)
+
+    async def _finish(self, transition: Transition) -> None:
+        self._telemetry.settled(transition, sum(transition.phase_seconds.values()))
+        await self._store.append(transition)
 
     def _remember(self, plan: Plan | None) -> None:
         if plan is not None and (

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from services.planner.decision import Action, Decision, Inputs
 from services.planner.layout_policy import WorkerVerdict
+from services.planner.observations import APPLIED
 from shared.layout import Transition
 
 APPLY_BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -73,7 +74,8 @@ class Telemetry:
 
     def settled(self, transition: Transition, seconds: float) -> None:
         """Tell the outcome of a plan."""
-        self._apply_seconds.observe(seconds)
+        if transition.result == APPLIED:
+            self._apply_seconds.observe(seconds)
         self._log.info(
             "planner.plan_settled",
             term=transition.term,

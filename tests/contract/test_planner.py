@@ -95,16 +95,18 @@ async def test_the_plan_follows_the_workers(
     await stack.enter_async_context(running_planner(await connect_bus(), unique))
     first = await stack.enter_async_context(PaperWorker(bus, unique, "a").living())
     await eventually(plan_is(bus, unique, "a"))
+
+    async def settled(count: int) -> bool:
+        return len((await read_transitions(bus, unique)).transitions) == count
+
+    await eventually(lambda: settled(1))
     async with PaperWorker(bus, unique, "b").living():
         await eventually(plan_is(bus, unique, "a", "b"))
+        await eventually(lambda: settled(2))
     await eventually(plan_is(bus, unique, "a"))
     await eventually(lambda: len(first.applied) == 3)
     assert first.applied == sorted(first.applied)
-
-    async def all_settled() -> bool:
-        return len((await read_transitions(bus, unique)).transitions) == 3
-
-    await eventually(all_settled)
+    await eventually(lambda: settled(3))
     log = (await read_transitions(bus, unique)).transitions
     assert [(t.cause, t.result) for t in log] == [
         ("g-a joined", "applied"),

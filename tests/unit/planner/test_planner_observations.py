@@ -73,6 +73,14 @@ def test_a_worker_that_left_is_not_waited_for() -> None:
     assert board.settle(["a"], now=10.1) is not None
 
 
+def test_a_newer_plan_supersedes_what_was_waited_for() -> None:
+    board = AckBoard(timeout_seconds=5.0)
+    assert board.expect(plan_for("a", epoch=1), now=10.0) is None
+    superseded = board.expect(plan_for("a", "b", epoch=2), now=11.0)
+    assert superseded is not None
+    assert (superseded.epoch, superseded.result) == (1, "superseded by epoch 2")
+
+
 def test_a_refusal_is_told() -> None:
     board = AckBoard(timeout_seconds=5.0)
     board.expect(plan_for("a"), now=10.0)
