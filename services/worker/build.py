@@ -78,7 +78,7 @@ def model_facts(runner: ModelRunner) -> ModelFacts:
         max_model_len=runner.max_model_len,
         block_size=runner.block_size,
         num_blocks=runner.num_blocks,
-        kv_block_bytes=runner.kv_block_bytes,
+        kv_block_bytes=runner.kv_block_bytes * len(runner.span),
         memory_bytes=runner.pool.budget_bytes,
         weight_bytes=usage.weight_bytes,
         kv_bytes=usage.kv_bytes,
