@@ -67,18 +67,13 @@ class Checkpoint:
     """The tensors of one model on disk. Build it with `open`; the files must stay as they are.
 
     Tensors come as stored, as views of the mapped file that must not be written to, unless a
-    `dtype` asks for a conversion.
+    `dtype` asks for a conversion. Files are mapped when a tensor is read, until `release`.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        index: Mapping[str, StoredTensor],
-        files: Mapping[Path, _SafetensorsFile],
-    ) -> None:
+    def __init__(self, config: ModelConfig, index: Mapping[str, StoredTensor]) -> None:
         self.config = config
         self._index = index
-        self._files = files
+        self._files: dict[Path, _SafetensorsFile] = {}
         self._layer_names = tuple(layer_shapes(config))
 
     @classmethod
@@ -88,22 +83,27 @@ class Checkpoint:
         Raises `CheckpointError` for the weights and `ConfigError` for the config.
         """
         config = ModelConfig.from_directory(path)
-        files = {file: _open_file(file) for file in _weight_files(path)}
         expected = dict(_expected_shapes(config))
         index: dict[str, StoredTensor] = {}
-        for file, handle in files.items():
-            index.update(_read_header(file, handle, expected))
+        for file in _weight_files(path):
+            index.update(_read_header(file, _open_file(file), expected))
         _check_shapes(index, expected, path)
-        return cls(config, index, files)
+        return cls(config, index)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor with this full name, in `dtype` or as stored."""
         stored = self._index[name]
+        if stored.file not in self._files:
+            self._files[stored.file] = _open_file(stored.file)
         try:
             tensor = self._files[stored.file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read tensor {name} of {stored.file}: {error}") from error
         return tensor if dtype is None else tensor.to(dtype)
+
+    def release(self) -> None:
+        """Unmap the files, as soon as no tensor uses them; what was read no longer takes memory."""
+        self._files.clear()
 
     def layer(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """All tensors of one decoder layer by their short names (see `layer_shapes`)."""

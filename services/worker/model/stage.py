@@ -70,6 +70,7 @@ class Stage:
             if arena.name not in self._resident:
                 self._load_arena(arena)
                 yield arena.name
+        self._checkpoint.release()
 
     def drop(self, span: Span) -> None:
         """Give up every arena that running `span` alone does not need; KV stays as it is."""

@@ -1,4 +1,4 @@
-"""Kernels and tiny models, made once for all tests of the model."""
+"""Kernels, made once for all tests of the model, and torch as the worker sets it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ import pytest
 import torch
 
 from services.worker.kernels.cpu import CpuKernels
-from tests.tiny_models import TinyModels
 
 
 @pytest.fixture(scope="session")
 def kernels() -> Iterator[CpuKernels]:
     with CpuKernels(2) as kernels:
         yield kernels
-
-
-@pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
-    return TinyModels(tmp_path_factory.mktemp("tiny-models"))
 
 
 @pytest.fixture(autouse=True)
