@@ -108,6 +108,7 @@ class StubWorker:
         self.requests: list[GenerateRequest] = []
         self.cancelled: list[Cancel] = []
         self.resumed: list[Resume] = []
+        self.num_tokens = 0  # generated so far, for all requests
         self.loses_cancels = 0  # so many are noted and not acted on
         self.is_alive = False
         self._bus = bus
@@ -239,6 +240,7 @@ class StubWorker:
             item = self._next_item(stream)
             stream.items.append(item)
             stream.position += len(item.token_ids)
+            self.num_tokens += len(item.token_ids)
             if position not in behaviour.lose_frames:
                 await self._send(stream, [item])
                 if behaviour.duplicate_frames:

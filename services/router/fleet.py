@@ -15,6 +15,8 @@ from shared.messages import LoadReport, WorkerInfo, WorkerState
 
 #: A report older than this says nothing any more.
 FRESH_SECONDS = 1.0
+#: A worker whose reports, sent every 0.1 s, stay away for so long may be dead.
+SUSPECT_SECONDS = 0.4
 #: A worker that failed is not asked again for so long.
 INHIBIT_SECONDS = 5.0
 
@@ -94,7 +96,7 @@ class Fleet:
 
     def is_suspect(self, worker_id: str, now: float) -> bool:
         """True if the worker may be dead: it did not answer, or its reports stopped."""
-        return self._of(worker_id).is_suspect or self.load_age(worker_id, now) > FRESH_SECONDS
+        return self._of(worker_id).is_suspect or self.load_age(worker_id, now) > SUSPECT_SECONDS
 
     def load_age(self, worker_id: str, now: float) -> float:
         """Seconds since the worker's last report; infinite where there was none."""

@@ -200,7 +200,9 @@ class RouterService:
         uses_model_defaults = settings.generation_config is GenerationDefaults.AUTO
         return ServedModel(
             name=served_name(settings),
-            root=settings.model,
+            # Load generators take their tokenizer from there when they run on this machine.
+            root=str(facts.directory),
+            source=settings.model,
             max_model_len=length,
             sampling_defaults=facts.sampling_defaults if uses_model_defaults else {},
         )

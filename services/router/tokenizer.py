@@ -32,8 +32,9 @@ _SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the model's configuration files say."""
+    """What the model's configuration files say; `directory` is where they are."""
 
+    directory: Path
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     sampling_defaults: dict[str, float]
@@ -129,6 +130,7 @@ def _read_facts(directory: Path) -> ModelFacts:
     }
     length = config.get("max_position_embeddings")
     return ModelFacts(
+        directory=directory,
         max_model_len=length if isinstance(length, int) else _DEFAULT_CONTEXT_TOKENS,
         eos_token_ids=eos_token_ids,
         sampling_defaults=sampling,

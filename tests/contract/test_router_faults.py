@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from shared.messages import GenerateStatus
+from shared.messages import GenerateStatus, unpack_token_ids
 from tests.conftest import eventually
 from tests.router_support import ASCII_TOKENS, Cluster, post_stream, running_cluster
 from tests.stub_worker import StubBehaviour, hashed_token
@@ -79,6 +79,8 @@ async def test_a_worker_dies_and_the_text_goes_on(
     assert events.finish_reasons == ["length"]
     assert events.is_done
     assert len(events.chunks) == NUM_TOKENS
+    (replay,) = cluster.workers["w1"].requests
+    assert unpack_token_ids(replay.output_token_ids) == [ord(t) for t in expected()[:die_at]]
 
 
 async def test_all_streams_of_a_dead_worker_are_replayed(
@@ -135,8 +137,9 @@ async def test_a_restarted_worker_is_noticed_by_its_incarnation(
     running = asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body()))
     await eventually(lambda: cluster.workers["w0"].requests)
     await cluster.workers["w0"].kill()
-    await cluster.add_worker("w0")
+    successor = await cluster.add_worker("w0")
     assert (await running).text == expected()
+    assert not successor.resumed  # it cannot know the stream, so it is not asked
 
 
 async def test_a_worker_that_hangs_before_answering_is_passed_over(
@@ -346,7 +349,7 @@ async def test_a_client_that_goes_away_cancels_its_request(
         if stream
         else http.post(cluster.url + COMPLETIONS, json=body()).__aenter__()
     )
-    await eventually(lambda: worker.num_running == 1)
+    await eventually(lambda: worker.num_tokens == 5)  # from here on it sends nothing
     request.cancel()
     await eventually(lambda: worker.cancelled)
     assert worker.cancelled[0].request_id == worker.requests[0].request_id

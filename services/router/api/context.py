@@ -23,17 +23,18 @@ class DrainState:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model as the API names and limits it."""
+    """The model as the API names and limits it; `source` is what `--model` said."""
 
     name: str
     root: str
+    source: str
     max_model_len: int
     sampling_defaults: dict[str, float]
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check(self, asked: str | None) -> None:
         """Raise NotFoundError where a request names another model; no name means this one."""
-        if asked not in (None, self.name, self.root):
+        if asked not in (None, self.name, self.root, self.source):
             raise NotFoundError(
                 f"the model {asked!r} does not exist; this server has {self.name!r}", param="model"
             )

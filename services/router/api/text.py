@@ -10,7 +10,7 @@ from services.router.api.body import read_body
 from services.router.api.chat import render_messages
 from services.router.api.context import ApiContext
 from services.router.api.schemas import DetokenizeRequest, TokenizeRequest
-from services.router.errors import BadRequestError, NotFoundError
+from services.router.errors import BadRequestError
 
 
 class TextApi:
@@ -23,9 +23,7 @@ class TextApi:
         return web.json_response({"object": "list", "data": [self._card()]})
 
     async def get_model(self, request: web.Request) -> web.Response:
-        name = request.match_info["model"]
-        if name not in (self._context.model.name, self._context.model.root):
-            raise NotFoundError(f"the model {name!r} does not exist", param="model")
+        self._context.model.check(request.match_info["model"])
         return web.json_response(self._card())
 
     async def tokenize(self, request: web.Request) -> web.Response:
