@@ -168,7 +168,7 @@ class TokenItem(WireModel):
     stop_token_id: int | None = None
     error: str = ""
     queued_seconds: float | None = Field(
-        default=None, description="with the first output token: how long it waited for KV and a seat"
+        default=None, description="with the first output token: how long it waited for a seat"
     )
 
 
@@ -263,7 +263,7 @@ class PlannerInfo(Message):
 
 
 class LeaderLease(Message):
-    """Who leads; `term` is the revision at which it took the lead, and only rises."""
+    """Who leads; `term` only rises: the second it took the lead, or one more than any before."""
 
     planner_id: str
     term: int

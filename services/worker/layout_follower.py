@@ -80,20 +80,22 @@ class LayoutFollower:
         except MessageError as error:
             self._log.error("the plan cannot be read", reason=str(error))
             return
-        if plan.dry_run or plan.version <= (self._placement.term, self._placement.epoch):
+        applied = (self._placement.term, self._placement.epoch)
+        if plan.dry_run or plan.version == applied:
+            return
+        if plan.version < applied:
+            await self._acknowledge(*applied)  # tells its author that there was a newer one
             return
         group = plan.group_of(self._worker_id)
         self._placement.term, self._placement.epoch = plan.version
         self._placement.group_id = group.group_id if group else ""
         self._log.info("plan applied", epoch=plan.epoch, group=self._placement.group_id)
-        await self._acknowledge(plan)
+        await self._acknowledge(*plan.version)
         self._on_change()
 
-    async def _acknowledge(self, plan: Plan) -> None:
-        ack = PlanAck(
-            worker_id=self._worker_id, term=plan.term, epoch=plan.epoch, state=AckState.APPLIED
-        )
+    async def _acknowledge(self, term: int, epoch: int) -> None:
+        ack = PlanAck(worker_id=self._worker_id, term=term, epoch=epoch, state=AckState.APPLIED)
         try:
             await self._acks.put(self._worker_id, ack.encode())
         except BusError as error:
-            self._log.warning("acknowledgement lost", epoch=plan.epoch, reason=str(error))
+            self._log.warning("acknowledgement lost", epoch=epoch, reason=str(error))
