@@ -5,6 +5,7 @@ and the identifier last, so that receivers subscribe once with a wildcard and ne
 
     ks.<deployment>.w.<worker>.gen     router -> worker    request/reply: GenerateRequest
     ks.<deployment>.w.<worker>.ctl     router/planner -> worker    Cancel, Resume, Drain, Ping
+    ks.<deployment>.w.<worker>.link    worker -> worker    request/reply: LinkOffer
     ks.<deployment>.tok.<router>       worker -> router    TokenFrame, one per engine step
     ks.<deployment>.load.<worker>      worker -> all       LoadReport
     ks.<deployment>.planner.admin      router -> leading planner    request/reply: AdminRequest
@@ -53,6 +54,9 @@ class Subjects:
 
     def control(self, worker_id: str) -> str:
         return f"ks.{self.deployment}.w.{worker_id}.ctl"
+
+    def link(self, worker_id: str) -> str:
+        return f"ks.{self.deployment}.w.{worker_id}.link"
 
     def tokens(self, router_id: str) -> str:
         return f"ks.{self.deployment}.tok.{router_id}"

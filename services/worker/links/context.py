@@ -1,0 +1,85 @@
+"""What all links of a worker share."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from services.worker.links.base import DownHandler, FrameHandler, LinkPeer, Transport
+from services.worker.links.config import LinkConfig
+from services.worker.links.link import StreamLink
+from services.worker.links.stream import ByteStream
+from shared.bus.base import Bus
+from shared.subjects import Subjects
+
+_WILDCARDS = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointAddress:
+    """Where a worker accepts links.
+
+    Args:
+        host: address to listen on for TCP (`link_host`).
+        advertise: what peers connect to (`link_advertise`); "": `host`, or this machine's name
+            where that is a wildcard.
+        host_id: see `host_id()`.
+        transports: what may be used.
+    """
+
+    host: str
+    advertise: str
+    host_id: str
+    transports: tuple[Transport, ...] = (Transport.SHM, Transport.TCP)
+
+    @property
+    def advertised_host(self) -> str:
+        """What a LinkAnswer says."""
+        if self.advertise:
+            return self.advertise
+        return socket.gethostname() if self.host in _WILDCARDS else self.host
+
+
+@dataclass(frozen=True, slots=True)
+class LinkHandlers:
+    """What the worker does with links.
+
+    Args:
+        on_link: an accepted link, before its threads run; on the event loop.
+        on_frame, on_down: of every link, from its receive thread.
+    """
+
+    on_link: Callable[[StreamLink], None]
+    on_frame: FrameHandler
+    on_down: DownHandler
+
+
+@dataclass(frozen=True, slots=True)
+class LinkContext:
+    """The worker that links belong to.
+
+    Args:
+        current: the (term, epoch) the worker is at; offers of older plans are refused.
+    """
+
+    worker_id: str
+    bus: Bus
+    subjects: Subjects
+    address: EndpointAddress
+    config: LinkConfig
+    handlers: LinkHandlers
+    current: Callable[[], tuple[int, int]]
+
+
+def make_link(
+    context: LinkContext, stream: ByteStream, peer: LinkPeer, fallback: str
+) -> StreamLink:
+    """A link that is not started yet; says in the log what it runs on, loudly if on less."""
+    log = structlog.get_logger(component="links", worker=context.worker_id, peer=peer.worker_id)
+    say = log.warning if fallback else log.info
+    say("link.up", transport=stream.transport.value, epoch=peer.epoch, fallback=fallback)
+    handlers = context.handlers
+    return StreamLink(stream, peer, context.config, handlers.on_frame, handlers.on_down, fallback)
