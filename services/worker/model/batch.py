@@ -55,7 +55,7 @@ def make_batch(slices: Sequence[SequenceSlice], block_size: int) -> ForwardBatch
         token_ids=torch.tensor([token for item in slices for token in item.token_ids]),
         positions=positions,
         slot_mapping=blocks * block_size + positions % block_size,
-        cu_seqlens_q=torch.cat([torch.zeros(1), ends]).to(torch.int32),
+        cu_seqlens_q=torch.nn.functional.pad(ends, (1, 0)).to(torch.int32),
         seqused_k=(starts + lengths).to(torch.int32),
         block_table=block_table,
         logits_rows=(ends - 1)[wanted],

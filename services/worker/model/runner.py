@@ -6,7 +6,7 @@ anything is loaded; load the weights; give all that is left to the KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,9 @@ from shared.layout import Span
 
 #: The least KV cache worth starting with: one request of this many tokens.
 _MIN_KV_TOKENS = 512
+
+#: Rows of logits that are in memory at once; enough to be bound by arithmetic.
+_LOGITS_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +121,22 @@ class ModelRunner:
         self, slices: Sequence[SequenceSlice], rows: Sequence[SamplingRow]
     ) -> list[SampledToken]:
         """Compute a batch; one token for each slice that wants one, in their order."""
-        logits = self.logits(slices)
-        return sample(logits, rows) if rows else []
+        tokens: list[SampledToken] = []
+        for logits in self.logits(slices):
+            tokens += sample(logits, rows[len(tokens) : len(tokens) + len(logits)])
+        return tokens
 
     @torch.inference_mode()
-    def logits(self, slices: Sequence[SequenceSlice]) -> torch.Tensor:
-        """Compute a batch; logits `[num_logits, vocab]` of the slices that want a token."""
+    def logits(self, slices: Sequence[SequenceSlice]) -> Iterator[torch.Tensor]:
+        """Compute a batch; logits `[rows, vocab]` of the slices that want a token, a few at once.
+
+        A batch of many short requests would else need more memory than its whole KV.
+        """
         batch = make_batch(slices, self.block_size)
         hidden = self._stage.embed(batch.token_ids)
         self._stage.forward(hidden, batch, self.span)
-        return self._stage.logits(hidden, batch.logits_rows)
+        for start in range(0, batch.logits_rows.numel(), _LOGITS_ROWS):
+            yield self._stage.logits(hidden, batch.logits_rows[start : start + _LOGITS_ROWS])
 
     def close(self) -> None:
         """Give the memory back; nothing may be computed afterwards."""

@@ -26,7 +26,7 @@ from shared.layout import Span
 from tests.tiny_models import NUM_LAYERS
 
 CHUNK_BYTES = 16 * 1024
-BUDGET_BYTES = 4 * 1024**2
+BUDGET_BYTES = 8 * 1024**2
 MAX_NUM_TOKENS = 256
 BLOCK_SIZE = 16
 WHOLE = Span(start=0, end=NUM_LAYERS)
@@ -86,6 +86,12 @@ def open_runner(
     yield runner
     runner.pool.check_integrity()
     runner.pool.close()
+
+
+def last_logits(runner: ModelRunner, slices: Sequence[SequenceSlice]) -> torch.Tensor:
+    """Logits `[num_logits, vocab]` of the slices that want a token."""
+    parts = [logits.clone() for logits in runner.logits(slices)]
+    return torch.cat(parts) if parts else torch.empty(0, runner.config.vocab_size)
 
 
 def run_route(route: Sequence[tuple[Stage, Span]], batch: ForwardBatch) -> torch.Tensor:

@@ -17,6 +17,7 @@ from services.worker.model.batch import SequenceSlice
 from services.worker.model.runner import ModelRunner
 from services.worker.model.sampler import SampledToken, SamplingRow, sample
 from shared.sampling import SamplingParams
+from tests.unit.model.model_helpers import last_logits
 
 #: Where the reference's two best logits are closer, either choice is right.
 NEARLY_EQUAL = 2e-4
@@ -55,7 +56,7 @@ class _RecordingModel:
     def run(
         self, slices: Sequence[SequenceSlice], rows: Sequence[SamplingRow]
     ) -> list[SampledToken]:
-        logits = self._runner.logits(slices)
+        logits = last_logits(self._runner, slices)
         for row, values in zip(rows, logits.clone(), strict=True):
             self._run.logits[(*row.prompt_token_ids, *row.output_token_ids)] = values
         return sample(logits, rows)

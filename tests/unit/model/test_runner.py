@@ -26,6 +26,7 @@ from tests.unit.model.model_helpers import (
     BUDGET_BYTES,
     PagedSequence,
     blocks_for,
+    last_logits,
     open_runner,
     random_tokens,
 )
@@ -44,7 +45,7 @@ def runner(
 
 def logits_alone(runner: ModelRunner, token_ids: list[int]) -> torch.Tensor:  # [vocab]
     sequence = PagedSequence(token_ids, list(range(blocks_for(len(token_ids)))))
-    return runner.logits([sequence.take(len(token_ids))])[0].clone()
+    return last_logits(runner, [sequence.take(len(token_ids))])[0]
 
 
 class Company:
@@ -68,8 +69,8 @@ class Company:
             order.shuffle(chosen)
             slices = [self.sequences[i].take(next(chunks)) for i in chosen]
             wanted = [i for i, item in zip(chosen, slices, strict=True) if item.wants_token]
-            logits = self._runner.logits(slices)
-            result |= {i: logits[row].clone() for row, i in enumerate(wanted)}
+            logits = last_logits(self._runner, slices)
+            result |= {i: logits[row] for row, i in enumerate(wanted)}
         return result
 
 
@@ -92,12 +93,12 @@ def test_logits_do_not_depend_on_neighbours_or_chunks(
 
 
 def test_logits_do_not_depend_on_a_large_batch(runner: ModelRunner) -> None:
-    """Thirty decodes and a long prefill chunk: the sizes at which libraries change algorithms."""
-    company = Company(runner, [33] * 30 + [200], seed=5)
-    firsts = [sequence.take(32) for sequence in company.sequences[:30]]
-    for start in range(0, 30, 6):
-        runner.logits(firsts[start : start + 6])
-    logits = runner.logits([sequence.take(200) for sequence in company.sequences])
+    """Many decodes and a long prefill chunk: the sizes at which libraries change algorithms."""
+    company = Company(runner, [17] * 90 + [160], seed=5)
+    firsts = [sequence.take(16) for sequence in company.sequences[:90]]
+    for start in range(0, 90, 6):
+        last_logits(runner, firsts[start : start + 6])
+    logits = last_logits(runner, [sequence.take(160) for sequence in company.sequences])
     for row, sequence in enumerate(company.sequences):
         assert torch.equal(logits[row], logits_alone(runner, sequence.token_ids))
 
