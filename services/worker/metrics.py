@@ -1,4 +1,8 @@
-"""The worker's metrics: vLLM's names where the thing is the same, `kunserve_` for the rest."""
+"""The worker's metrics: vLLM's names where the thing is the same, `kunserve_` for the rest.
+
+What clients saw (tokens, finished requests, latencies) is counted by the routers under vLLM's names;
+the worker's own counts have names of their own, so that sums over all jobs count nothing twice.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,10 @@ class WorkerMetrics(Collector):
         self.registry = new_registry()
         self._load: SchedulerLoad | None = None
         self._generated = Counter(
-            "vllm:generation_tokens", "tokens generated", registry=self.registry
+            "kunserve_worker_tokens", "tokens generated", registry=self.registry
         )
         self._finished = Counter(
-            "vllm:request_success",
+            "kunserve_worker_requests",
             "requests ended, by reason",
             ["finished_reason"],
             registry=self.registry,
