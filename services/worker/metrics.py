@@ -1,6 +1,6 @@
 """The worker's metrics: vLLM's names where the thing is the same, `kunserve_` for the rest.
 
-What clients saw (tokens, finished requests, latencies) is counted by the routers under vLLM's names;
+What clients saw (tokens, latencies) is counted by the routers under vLLM's names;
 the worker's own counts have names of their own, so that sums over all jobs count nothing twice.
 """
 
