@@ -66,11 +66,13 @@ class Stage:
             CheckpointError: a tensor cannot be read.
             OutOfChunksError: too little of the pool is free.
         """
-        for arena in self._plan.arenas(span):
-            if arena.name not in self._resident:
-                self._load_arena(arena)
-                yield arena.name
-        self._checkpoint.release()
+        try:
+            for arena in self._plan.arenas(span):
+                if arena.name not in self._resident:
+                    self._load_arena(arena)
+                    yield arena.name
+        finally:
+            self._checkpoint.release()
 
     def drop(self, span: Span) -> None:
         """Give up every arena that running `span` alone does not need; KV stays as it is."""
