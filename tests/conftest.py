@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from inspect import isawaitable
 from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
+import structlog
 
 from shared.embedded_nats import EmbeddedNats
 
@@ -56,6 +57,13 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     from tests.tiny_models import TinyModels  # imports torch, which few tests need
 
     return TinyModels(tmp_path_factory.mktemp("tiny-models"))
+
+
+@pytest.fixture(autouse=True)
+def _default_logging() -> Iterator[None]:
+    """A service that a test ran in this process set up logging to the stream of that test."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

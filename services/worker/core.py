@@ -83,7 +83,7 @@ class EngineCore:
             tokens = self._model.run(
                 _slices(output), [_sampling_row(request) for request in sampled_requests]
             )
-        except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError for both
+        except Exception as error:  # whatever it is, it must not take the other requests along
             self._log.exception("batch failed", requests=len(output.scheduled))
             failed = self._scheduler.fail_batch(output, f"the worker failed a batch: {error}")
             return [_item(result, None) for result in failed]

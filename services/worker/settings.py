@@ -74,7 +74,7 @@ class WorkerSettings(Settings):
         default=2048, ge=1, description="requests running and waiting at most; more are refused"
     )
     chunk_bytes: ByteSize = Field(
-        default=2 * MIB, ge=4096, description="unit of memory that moves between weights and KV"
+        default=MIB // 2, ge=4096, description="unit of memory that moves between weights and KV"
     )
     watermark: float = Field(
         default=0.05, ge=0.0, lt=0.1, description="share of the KV pool kept free at admission"
