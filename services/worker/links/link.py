@@ -145,9 +145,8 @@ class StreamLink:
         self._free()
 
     def _tell_down(self, reason: DownReason, detail: str) -> None:
-        self._log.warning(
-            "link.down", transport=self.transport.value, reason=reason.value, detail=detail
-        )
+        say = self._log.info if reason is DownReason.CLOSED_BY_PEER else self._log.warning
+        say("link.down", transport=self.transport.value, reason=reason.value, detail=detail)
         try:
             self._on_down(self, reason)
         except Exception:
