@@ -1,26 +1,36 @@
-"""Fills one batch: who is served, who is admitted, who must give way.
+"""Fills one batch of one route: who is served, who is admitted, who must give way.
 
-A batch is filled in three passes within `max_num_batched_tokens`:
+A batch is filled in three passes within `max_num_batched_tokens` and, on a pipeline, within what
+`pacing.py` allows:
 1. running requests that decode, one token each, oldest first (a long prefill, also one that
    resumes, never holds up the tokens of the others);
 2. running requests that are not prefilled yet, oldest first;
-3. admissions, first come, first served. A request is admitted only if blocks for *all* its present
-   tokens are free, and gets them at once, so half-prefilled requests cannot starve each other; a
-   watermark stays free so that running requests can grow. The head of the queue is never overtaken.
+3. admissions, first come, first served, on the route of the present layout. A request is admitted
+   only if blocks for *all* its present tokens are free on every stage, and gets them at once, so
+   half-prefilled requests cannot starve each other; a watermark stays free so that running requests
+   can grow, and room for the next request whose KV shall travel. The head of the queue is never
+   overtaken.
 
 Progress. Only a request older than its victim may preempt it, so nothing can take the blocks of the
 oldest running request, which therefore finishes; then the next is the oldest. A request for which
 no younger one can give way waits with its blocks for the next batch: that wastes no computed token.
+Parked requests do not run, so they give way at any age, if nobody else can: each only once.
 A step that preempts admits nobody, preempted requests resume before new ones start, and they must
 leave the larger `recovery_watermark` free.
 """
 
 from __future__ import annotations
 
+from itertools import chain
+
 from services.worker.engine.config import SchedulerConfig
-from services.worker.engine.outputs import ScheduledRequest
+from services.worker.engine.cost_model import ChunkShape
+from services.worker.engine.exchange import exchange_order
+from services.worker.engine.outputs import ScheduledRequest, SchedulerOutput
+from services.worker.engine.pacing import PrefillPacer, decode_share
 from services.worker.engine.request import Request, RequestStatus
 from services.worker.engine.request_pool import RequestPool
+from services.worker.engine.routes import Route
 
 
 class BatchBuilder:
@@ -31,64 +41,134 @@ class BatchBuilder:
         preempted: requests that lost their blocks for it.
     """
 
-    def __init__(self, config: SchedulerConfig, pool: RequestPool) -> None:
+    def __init__(
+        self, config: SchedulerConfig, pool: RequestPool, route: Route, pacer: PrefillPacer
+    ) -> None:
         self.scheduled: list[ScheduledRequest] = []
         self.preempted: list[Request] = []
         self._config = config
         self._pool = pool
+        self._route = route
+        self._pacer = pacer
         self._budget = config.max_num_batched_tokens
+        self._prefill_cost = 0.0
+        self._members = [request for request in pool.running if request.route == route]
 
     def build(self, now: float, *, admits_new: bool) -> None:
         """Run the three passes. Without `admits_new`, only preempted requests get seats."""
-        self._schedule_decodes()
+        decode_cost = self._schedule_decodes()
+        num_decodes = len(self.scheduled)
+        if self._pacer.needs_round:
+            self._pacer.begin_round(self._queued_prefill(admits_new))
+        self._prefill_cost = self._pacer.prefill_cost(decode_cost)
         self._schedule_prefills()
-        if not self.preempted:
+        if not self.preempted and self._route == self._pool.route:
             self._admit(now, admits_new)
+        if self.scheduled:
+            self._pacer.batch_made(has_prefill=len(self.scheduled) > num_decodes)
 
-    def _schedule_decodes(self) -> None:
-        """First pass. Whoever gets no block for its next token is left for a later batch."""
-        for request in list(self._pool.running):
-            if not _is_ready(request) or request.num_uncomputed_tokens > 1:
-                continue
-            if self._make_room(request):
-                self._take(request)
+    def output(self, step: int) -> SchedulerOutput:
+        """The batch, numbered."""
+        return SchedulerOutput(step, tuple(self.scheduled), tuple(self.preempted), self._route)
+
+    # --- the passes ------------------------------------------------------------------------------
+
+    def _schedule_decodes(self) -> float:
+        """First pass; whoever gets no block for its next token is left for a later batch.
+
+        Returns the cost of those that are in the batch.
+        """
+        model = self._pacer.model
+        decodes = [r for r in self._members if r.num_uncomputed_tokens - r.num_scheduled_tokens < 2]
+        total_cost = sum(model.decode_cost(request.num_computed_tokens) for request in decodes)
+        ready = [request for request in decodes if self._is_ready(request)]
+        cost = 0.0
+        for request in decode_share(ready, total_cost, self._route.num_stages, model):
+            if self._budget > 0 and self._is_ready(request) and self._make_room(request):
+                self._take(request, 1)
+                cost += model.decode_cost(request.num_computed_tokens)
+        return cost
 
     def _schedule_prefills(self) -> None:
         """Second pass."""
-        for request in self._pool.running:
-            if self._budget == 0:
+        for request in self._members:
+            if self._is_full:
                 return
-            if _is_ready(request) and request.num_uncomputed_tokens > 1:
-                self._take(request)
+            if self._is_ready(request) and request.num_uncomputed_tokens > 1:
+                self._take_prefill(request)
 
     def _admit(self, now: float, admits_new: bool) -> None:
         """Third pass: give seats and blocks to those who wait, in order, while both last."""
-        while self._budget > 0 and len(self._pool.running) < self._config.max_num_seqs:
-            request = self._next_admission(admits_new)
+        num_seats = self._config.max_num_seqs * self._route.num_stages - self._num_seats_taken()
+        reserve = self._exchange_reserve()
+        while not self._is_full and num_seats > 0:
+            request = self._next_admission(admits_new, reserve)
             if request is None:
                 return
             self._pool.admit(request, now)
-            self._take(request)
+            self._take_prefill(request)
+            num_seats -= 1
 
-    def _next_admission(self, admits_new: bool) -> Request | None:
+    def _next_admission(self, admits_new: bool, reserve: int) -> Request | None:
         """The head of the queue if its tokens fit; preempted requests go before waiting ones."""
-        pool, num_blocks = self._pool, self._pool.blocks.num_blocks
+        pool = self._pool
+        num_blocks = pool.blocks.route_capacity(self._route)
         if pool.preempted:
             request = pool.preempted[0]
-            spare_blocks = self._config.recovery_watermark_blocks(num_blocks)
+            spare_blocks = self._config.recovery_watermark_blocks(num_blocks) + reserve
         elif pool.waiting and admits_new:
             request = pool.waiting[0]
-            spare_blocks = self._config.watermark_blocks(num_blocks)
+            spare_blocks = self._config.watermark_blocks(num_blocks) + reserve
         else:
             return None
         if not pool.running:
             spare_blocks = 0  # nobody could grow into it, and a request of any size must start
-        fits = pool.blocks.can_allocate(request, request.num_tokens, spare_blocks)
-        return request if fits else None
+        short = pool.blocks.short_stages(request, self._route, request.num_tokens, spare_blocks)
+        return None if short else request
+
+    # --- who counts ------------------------------------------------------------------------------
+
+    def _num_seats_taken(self) -> int:
+        """Requests that run on the route, or will when their KV has arrived."""
+        exchanges = self._pool.exchanges.values()
+        return len(self._members) + sum(exchange.target == self._route for exchange in exchanges)
+
+    def _exchange_reserve(self) -> int:
+        """Blocks that the next request in line for an exchange needs on a stage."""
+        parked = {request.key for request in self._pool.parked}
+        waiting = [e for key, e in self._pool.exchanges.items() if key in parked]
+        if not waiting:
+            return 0
+        return self._pool.blocks.blocks_for(exchange_order(waiting)[0].request.num_tokens)
+
+    def _queued_prefill(self, admits_new: bool) -> list[ChunkShape]:
+        """What is left to prefill of those that have blocks, and of those that could get some."""
+        work = []
+        for request in self._members:
+            start = request.num_computed_tokens + request.num_scheduled_tokens
+            if request.num_tokens - start > 1:
+                work.append(ChunkShape(start, request.num_tokens - start))
+        if self._route != self._pool.route:
+            return work
+        blocks = self._pool.blocks
+        num_free = blocks.route_free(self._route)
+        for request in chain(self._pool.preempted, self._pool.waiting if admits_new else ()):
+            num_free -= blocks.blocks_for(request.num_tokens)
+            if num_free < 0:
+                break
+            work.append(ChunkShape(0, request.num_tokens))
+        return work
+
+    def _is_ready(self, request: Request) -> bool:
+        """True for a request of this route that the batch may contain."""
+        return request.status is RequestStatus.RUNNING and not request.is_in_flight
+
+    # --- blocks ----------------------------------------------------------------------------------
 
     def _make_room(self, request: Request) -> bool:
-        """Get the block for the next token of `request`, from a younger one if none is free."""
-        while not self._pool.blocks.allocate(request, request.num_tokens):
+        """Get the blocks for the next token of `request`, from others if there are none free."""
+        blocks, num_tokens = self._pool.blocks, request.num_tokens
+        while not blocks.allocate(request, self._route, num_tokens):
             victim = self._choose_victim(request)
             if victim is None:
                 return False
@@ -99,27 +179,41 @@ class BatchBuilder:
     def _choose_victim(self, request: Request) -> Request | None:
         """Of the requests younger than `request`, the one with the least to compute again.
 
-        Passed over are requests in flight. Among equals the youngest is chosen.
+        Passed over are requests in flight, and those without blocks where they are needed. Among
+        equals the youngest is chosen. If there is none, a parked request.
         """
-        candidates = filter(_is_ready, self._pool.running.after(request))
-        return min(candidates, key=lambda candidate: candidate.num_computed_tokens, default=None)
+        blocks = self._pool.blocks
+        short = blocks.short_stages(request, self._route, request.num_tokens)
 
-    def _take(self, request: Request) -> None:
-        """Put as many uncomputed tokens of `request` into the batch as the budget allows."""
-        num_uncomputed = request.num_uncomputed_tokens
-        num_tokens = min(self._budget, num_uncomputed)
+        def helps(candidate: Request) -> bool:
+            return any(blocks.holds(candidate, worker_id) for worker_id in short)
+
+        running = filter(self._is_ready, self._pool.running.after(request))
+        for candidates in (running, self._pool.parked):
+            helpful = filter(helps, candidates)
+            victim = min(helpful, key=lambda other: other.num_computed_tokens, default=None)
+            if victim is not None:
+                return victim
+        return None
+
+    # --- into the batch --------------------------------------------------------------------------
+
+    @property
+    def _is_full(self) -> bool:
+        return self._budget == 0 or self._pacer.is_spent(self._prefill_cost)
+
+    def _take_prefill(self, request: Request) -> None:
+        """Put a chunk of `request` into the batch, as large as tokens and time allow."""
+        chunk = ChunkShape(request.num_computed_tokens, request.num_uncomputed_tokens)
+        num_tokens = min(self._budget, self._pacer.chunk_tokens(chunk, self._prefill_cost))
+        taken = ChunkShape(chunk.num_prefix_tokens, num_tokens)
+        self._prefill_cost -= self._pacer.model.marginal_cost(taken)
+        self._take(request, num_tokens)
+
+    def _take(self, request: Request, num_tokens: int) -> None:
+        wants_token = num_tokens == request.num_uncomputed_tokens
         self._budget -= num_tokens
         request.num_scheduled_tokens = num_tokens
         self.scheduled.append(
-            ScheduledRequest(
-                request,
-                request.num_computed_tokens,
-                num_tokens,
-                wants_token=num_tokens == num_uncomputed,
-            )
+            ScheduledRequest(request, request.num_computed_tokens, num_tokens, wants_token)
         )
-
-
-def _is_ready(request: Request) -> bool:
-    """True for a running request that the batch may contain."""
-    return request.status is RequestStatus.RUNNING and not request.is_in_flight

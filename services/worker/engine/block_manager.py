@@ -1,4 +1,4 @@
-"""Which KV blocks are free, and which request holds which.
+"""Which KV blocks of this worker are free, and which request holds which.
 
     block id   0   1   2   3   4   5   6   7   8 | 9 ...        num_blocks = 9
                A   A   B   -   B   C   -   -   - |
@@ -6,16 +6,15 @@
 
 A block id names the same rows in the KV range of every layer. Ids are handed out lowest first, so
 that the tail of the pool is usually empty when memory shall be taken away from it. Called by the
-scheduler only; never touches KV memory itself.
+scheduler's `GroupBlocks` and by `StageBlocks` only; never touches KV memory itself.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from services.worker.engine.request import Request
 from shared.errors import KunserveError
 
 
@@ -23,10 +22,22 @@ class BlockIntegrityError(KunserveError):
     """A block has no owner, or two; or a request's blocks do not cover its computed tokens."""
 
 
+class BlockOwner(Protocol):
+    """Whoever holds blocks: a request of this worker, or one of another worker's pipeline."""
+
+    @property
+    def request_id(self) -> str: ...
+
+    @property
+    def block_table(self) -> list[int]: ...
+
+    @property
+    def num_computed_tokens(self) -> int: ...
+
+
 class BlockMove(NamedTuple):
     """Copy the KV of block `source` to block `destination`, in every layer."""
 
-    request: Request
     source: int
     destination: int
 
@@ -65,31 +76,38 @@ class BlockManager:
         """Blocks that `num_tokens` tokens occupy."""
         return -(-num_tokens // self.block_size)
 
-    def num_missing_blocks(self, request: Request, num_tokens: int) -> int:
-        """Blocks `request` lacks to hold its first `num_tokens` tokens."""
-        return max(0, self.blocks_for(num_tokens) - len(request.block_table))
+    def num_missing_blocks(self, owner: BlockOwner, num_tokens: int) -> int:
+        """Blocks `owner` lacks to hold its first `num_tokens` tokens."""
+        return max(0, self.blocks_for(num_tokens) - len(owner.block_table))
 
-    def can_allocate(self, request: Request, num_tokens: int, spare_blocks: int = 0) -> bool:
+    def can_allocate(self, owner: BlockOwner, num_tokens: int, spare_blocks: int = 0) -> bool:
         """True if `allocate` would succeed and leave `spare_blocks` blocks free."""
-        return self.num_missing_blocks(request, num_tokens) + spare_blocks <= len(self._free)
+        return self.num_missing_blocks(owner, num_tokens) + spare_blocks <= len(self._free)
 
-    def allocate(self, request: Request, num_tokens: int) -> bool:
-        """Append to the request's block table until it holds `num_tokens` tokens.
+    def allocate(self, owner: BlockOwner, num_tokens: int) -> bool:
+        """Append to the owner's block table until it holds `num_tokens` tokens.
 
         All or nothing: returns False, having changed nothing, if too few blocks are free.
         """
-        num_missing = self.num_missing_blocks(request, num_tokens)
+        num_missing = self.num_missing_blocks(owner, num_tokens)
         if num_missing > len(self._free):
             return False
         for _ in range(num_missing):
-            request.block_table.append(heapq.heappop(self._free))
+            owner.block_table.append(heapq.heappop(self._free))
         return True
 
-    def free(self, request: Request) -> None:
-        """Take back all blocks of `request`; its table is empty afterwards."""
-        for block in request.block_table:
+    def trim(self, owner: BlockOwner, num_tokens: int) -> None:
+        """Take back the blocks of `owner` beyond its first `num_tokens` tokens."""
+        num_kept = self.blocks_for(num_tokens)
+        for block in owner.block_table[num_kept:]:
             heapq.heappush(self._free, block)
-        request.block_table.clear()
+        del owner.block_table[num_kept:]
+
+    def free(self, owner: BlockOwner) -> None:
+        """Take back all blocks of `owner`; its table is empty afterwards."""
+        for block in owner.block_table:
+            heapq.heappush(self._free, block)
+        owner.block_table.clear()
 
     def grow(self, num_blocks: int) -> None:
         """Add the ids `[old total, num_blocks)`; their memory must be mapped in every layer."""
@@ -99,7 +117,7 @@ class BlockManager:
             heapq.heappush(self._free, block)
         self._num_blocks = num_blocks
 
-    def shrink(self, num_blocks: int, requests: Iterable[Request]) -> list[BlockMove] | None:
+    def shrink(self, num_blocks: int, owners: Iterable[BlockOwner]) -> list[BlockMove] | None:
         """Give up the ids `[num_blocks, old total)`.
 
         Stragglers are renamed to the lowest free ids and their tables rewritten at once; before the
@@ -108,7 +126,7 @@ class BlockManager:
         May only be called while no batch is in flight: a batch carries block tables.
 
         Args:
-            requests: everybody who holds blocks.
+            owners: everybody who holds blocks.
 
         Returns:
             The copies to make, or None, having changed nothing, if the used blocks do not fit.
@@ -120,41 +138,41 @@ class BlockManager:
         low_free = [block for block in self._free if block < num_blocks]
         heapq.heapify(low_free)
         moves = []
-        for request in requests:
-            for index, block in enumerate(request.block_table):
+        for owner in owners:
+            for index, block in enumerate(owner.block_table):
                 if block >= num_blocks:
                     destination = heapq.heappop(low_free)
-                    request.block_table[index] = destination
-                    moves.append(BlockMove(request, block, destination))
+                    owner.block_table[index] = destination
+                    moves.append(BlockMove(block, destination))
         self._free = low_free
         self._num_blocks = num_blocks
         return moves
 
-    def check_integrity(self, requests: Iterable[Request]) -> None:
-        """Check that every block is free or belongs to exactly one of `requests`.
+    def check_integrity(self, owners: Iterable[BlockOwner]) -> None:
+        """Check that every block is free or belongs to exactly one of `owners`.
 
         Raises:
             BlockIntegrityError: naming the first block or request for which that is not so.
         """
-        owners: dict[int, str] = {}
+        claims: dict[int, str] = {}
         for block in self._free:
-            _claim(owners, block, "the free list")
-        for request in requests:
-            for block in request.block_table:
-                _claim(owners, block, f"request {request.request_id}")
-            if request.num_computed_tokens > len(request.block_table) * self.block_size:
+            _claim(claims, block, "the free list")
+        for owner in owners:
+            for block in owner.block_table:
+                _claim(claims, block, f"request {owner.request_id}")
+            if owner.num_computed_tokens > len(owner.block_table) * self.block_size:
                 raise BlockIntegrityError(
-                    f"request {request.request_id} has {request.num_computed_tokens} computed"
-                    f" tokens but only {len(request.block_table)} blocks"
+                    f"request {owner.request_id} has {owner.num_computed_tokens} computed"
+                    f" tokens but only {len(owner.block_table)} blocks"
                 )
-        missing = set(range(self._num_blocks)) - owners.keys()
+        missing = set(range(self._num_blocks)) - claims.keys()
         if missing:
             raise BlockIntegrityError(f"block {min(missing)} is neither free nor held")
-        if len(owners) > self._num_blocks:
-            raise BlockIntegrityError(f"block {max(owners)} is not in the pool")
+        if len(claims) > self._num_blocks:
+            raise BlockIntegrityError(f"block {max(claims)} is not in the pool")
 
 
-def _claim(owners: dict[int, str], block: int, owner: str) -> None:
-    if block in owners:
-        raise BlockIntegrityError(f"block {block} belongs to {owners[block]} and to {owner}")
-    owners[block] = owner
+def _claim(claims: dict[int, str], block: int, owner: str) -> None:
+    if block in claims:
+        raise BlockIntegrityError(f"block {block} belongs to {claims[block]} and to {owner}")
+    claims[block] = owner

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from shared.errors import ConfigError
+
+
+class ChunkPolicy(Enum):
+    """How much of the queued prefill one microbatch of a pipeline takes."""
+
+    LOOKAHEAD = auto()  # equal parts of all that is queued, if that is enough; else as below
+    PREDICTED_TIME = auto()  # as long as a full batch of a new prompt takes
+    TOKEN_COUNT = auto()  # `max_num_batched_tokens`, whatever they cost: only for comparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +23,9 @@ class SchedulerConfig:
 
     Attributes:
         max_num_batched_tokens: tokens one batch computes at most.
-        max_num_seqs: running requests at most; no more than `max_num_batched_tokens`, so that
-            requests that decode never keep a running prefill from its next token.
+        max_num_seqs: running requests at most, per stage of their route; no more than
+            `max_num_batched_tokens`, so that requests that decode never keep a running prefill from
+            its next token.
         max_model_len: prompt plus output tokens of a request at most; the KV pool must hold one
             such request, so that whatever is accepted can finish.
         max_num_waiting_requests, max_num_waiting_tokens: bounds of the waiting queue. Preempted
@@ -24,6 +34,9 @@ class SchedulerConfig:
             requests have room to grow.
         recovery_watermark: the same for the return of a preempted request, where it is larger, so
             that it is not preempted again at once.
+        chunk_policy: how prefill is cut on a pipeline; one worker alone cuts by token count.
+        min_prefill_tokens: on a pipeline, a batch has at least this many tokens of prefill, if so
+            many are queued; fewer would not use the device well.
     """
 
     max_num_batched_tokens: int
@@ -33,6 +46,8 @@ class SchedulerConfig:
     max_num_waiting_tokens: int = 1 << 20
     watermark: float = 0.05
     recovery_watermark: float = 0.1
+    chunk_policy: ChunkPolicy = ChunkPolicy.LOOKAHEAD
+    min_prefill_tokens: int = 64
 
     def __post_init__(self) -> None:
         """Raise ConfigError for limits under which requests could not make progress."""
@@ -46,6 +61,8 @@ class SchedulerConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must not be less than"
                 f" max_num_seqs ({self.max_num_seqs})"
             )
+        if self.min_prefill_tokens < 1:
+            raise ConfigError(f"min_prefill_tokens ({self.min_prefill_tokens}) must be at least 1")
         if not (0.0 <= self.watermark < 1.0 and 0.0 <= self.recovery_watermark < 1.0):
             raise ConfigError(
                 f"watermark ({self.watermark}) and recovery_watermark"

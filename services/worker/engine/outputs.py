@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from services.worker.engine.request import Request
+from services.worker.engine.routes import REPLICA, Route
 from shared.messages import FinishReason, GenerateStatus
 
 
@@ -25,11 +26,13 @@ class SchedulerOutput:
     Attributes:
         step: counts the non-empty batches of this scheduler; 0 for an empty one.
         preempted: requests that lost their blocks while this batch was made.
+        route: the stages that compute it.
     """
 
     step: int
     scheduled: tuple[ScheduledRequest, ...]
     preempted: tuple[Request, ...] = ()
+    route: Route = REPLICA
 
     @property
     def num_scheduled_tokens(self) -> int:
@@ -70,7 +73,11 @@ class AddResult(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLoad:
-    """The engine's part of a LoadReport; field names are those of the message."""
+    """The engine's part of a LoadReport; field names are those of the message.
+
+    Of a pipeline, blocks are those of the stage that has the fewest free. Requests whose KV travels
+    count as running.
+    """
 
     kv_blocks_total: int
     kv_blocks_used: int

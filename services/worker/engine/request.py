@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
+from services.worker.engine.routes import Route
 from shared.errors import KunserveError
 from shared.sampling import SamplingParams
 
@@ -36,6 +37,8 @@ class RequestStatus(Enum):
     WAITING = auto()  # accepted, has no KV
     RUNNING = auto()  # has a seat and its KV; in a batch or ready for the next
     PREEMPTED = auto()  # gave its KV away; recomputes from its tokens when it resumes
+    PARKED = auto()  # its KV is complete, but not where its next route needs it; waits for its turn
+    EXCHANGING = auto()  # its KV travels; the blocks for it are there on every stage
     CANCELLING = auto()  # cancelled while a batch in flight still writes its blocks
     FINISHED_STOPPED = auto()
     FINISHED_LENGTH = auto()
@@ -48,19 +51,22 @@ class RequestStatus(Enum):
         return not TRANSITIONS[self]
 
 
+_ENDED_FROM_OUTSIDE = frozenset({RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR})
+
 TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
-    RequestStatus.WAITING: frozenset({RequestStatus.RUNNING, RequestStatus.FINISHED_ABORTED}),
-    RequestStatus.RUNNING: frozenset(
-        {
-            RequestStatus.PREEMPTED,
-            RequestStatus.CANCELLING,
-            RequestStatus.FINISHED_STOPPED,
-            RequestStatus.FINISHED_LENGTH,
-            RequestStatus.FINISHED_ABORTED,
-            RequestStatus.FINISHED_ERROR,
-        }
-    ),
-    RequestStatus.PREEMPTED: frozenset({RequestStatus.RUNNING, RequestStatus.FINISHED_ABORTED}),
+    RequestStatus.WAITING: _ENDED_FROM_OUTSIDE | {RequestStatus.RUNNING},
+    RequestStatus.RUNNING: _ENDED_FROM_OUTSIDE
+    | {
+        RequestStatus.PREEMPTED,
+        RequestStatus.PARKED,
+        RequestStatus.CANCELLING,
+        RequestStatus.FINISHED_STOPPED,
+        RequestStatus.FINISHED_LENGTH,
+    },
+    RequestStatus.PREEMPTED: _ENDED_FROM_OUTSIDE | {RequestStatus.RUNNING},
+    RequestStatus.PARKED: _ENDED_FROM_OUTSIDE | {RequestStatus.EXCHANGING, RequestStatus.PREEMPTED},
+    RequestStatus.EXCHANGING: _ENDED_FROM_OUTSIDE
+    | {RequestStatus.RUNNING, RequestStatus.PREEMPTED, RequestStatus.PARKED},
     RequestStatus.CANCELLING: frozenset({RequestStatus.FINISHED_ABORTED}),
     RequestStatus.FINISHED_STOPPED: frozenset(),
     RequestStatus.FINISHED_LENGTH: frozenset(),
@@ -76,6 +82,18 @@ class RequestKey(NamedTuple):
     attempt: int
 
 
+class KvKey(NamedTuple):
+    """Identifies the KV of a request in every stage that holds some.
+
+    A request that lost its KV and computes it again has a new `generation`. So an order to free
+    the old blocks, or a late piece of the old KV, can never meet the new ones.
+    """
+
+    request_id: str
+    attempt: int
+    generation: int
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A request and all of its state; compared by identity.
@@ -83,10 +101,14 @@ class Request:
     Attributes:
         output_token_ids: generated tokens; a replay starts with those the client already has.
         arrival_seconds: when the worker got it, on the clock that `Scheduler.schedule` is given.
-        block_table: block ids in token order; only ever appended to while the request runs.
+        route: the workers that hold its KV; None while it has none. What a parked request waits for
+            is its `Exchange`.
+        block_table: ids of this worker's blocks in token order; only ever appended to while the
+            request runs; empty if no KV of it is here.
         num_computed_tokens: leading tokens whose KV is in the cache. Advances when a batch returns.
         num_scheduled_tokens: tokens of it in the batch now in flight; 0 when it is in none.
         num_preemptions: how often it had to give its KV away.
+        last_step: the last batch it was in.
         first_scheduled_seconds: when it first entered a batch.
     """
 
@@ -99,16 +121,23 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     output_token_ids: list[int] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING
+    route: Route | None = None
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
     num_preemptions: int = 0
+    last_step: int = 0
     first_scheduled_seconds: float | None = None
 
     @property
     def key(self) -> RequestKey:
         """What the scheduler knows it by."""
         return RequestKey(self.request_id, self.attempt)
+
+    @property
+    def kv_key(self) -> KvKey:
+        """What every stage knows its KV by."""
+        return KvKey(self.request_id, self.attempt, self.num_preemptions)
 
     @property
     def num_prompt_tokens(self) -> int:

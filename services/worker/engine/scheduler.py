@@ -10,9 +10,12 @@ worker's request are all the same thing.
                             preempt v  | resume, before anybody who waits
                                  preempted
 
-How a batch is filled, who is admitted and who must give way is told in `batch_builder.py`.
+How a batch is filled, who is admitted and who must give way is told in `batch_builder.py`; how
+requests change their route, in `relocation.py`.
 
-Several batches may be in flight (one per pipeline stage); a request is in at most one of them.
+A batch is made for one route. As many batches of a route may be in flight as it has stages; a
+request is in at most one of them. Where requests of several routes are here, as during a restore,
+the route that has waited longest for a batch is served first.
 `num_computed_tokens` advances when the batch returns, not when it is scheduled: then it always says
 what the KV cache holds, and a batch that failed leaves nothing to roll back. Blocks of a request in
 flight are freed when its batch returns, never earlier, because the batch still writes to them.
@@ -24,18 +27,23 @@ from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 
 from services.worker.engine.batch_builder import BatchBuilder
-from services.worker.engine.block_manager import BlockManager
+from services.worker.engine.block_manager import BlockManager, BlockMove
 from services.worker.engine.config import SchedulerConfig
+from services.worker.engine.cost_model import TOKEN_COUNT, CostModel
+from services.worker.engine.group_blocks import GroupBlocks
 from services.worker.engine.intake import IntakeState, check_request
+from services.worker.engine.lanes import Lanes
 from services.worker.engine.outputs import (
     AddResult,
-    ScheduledRequest,
     SchedulerLoad,
     SchedulerOutput,
     StepResult,
 )
-from services.worker.engine.request import Request, RequestKey, RequestStatus
+from services.worker.engine.relocation import Relocation
+from services.worker.engine.request import KvKey, Request, RequestKey, RequestStatus
 from services.worker.engine.request_pool import RequestPool
+from services.worker.engine.routes import REPLICA, Route, WorkerId
+from services.worker.engine.shrinking import ShrinkError, ShrinkPlan, apply_shrink, plan_shrink
 from services.worker.engine.stopping import finish_reason
 from shared.errors import ConfigError
 from shared.messages import FinishReason, GenerateStatus
@@ -53,17 +61,36 @@ class Scheduler:
     """Owns every request of an engine from `add` to its end, and the blocks they hold.
 
     Not thread-safe: the engine thread calls it. See the module's text for the policy.
+
+    Attributes:
+        blocks: the blocks of this worker, those granted by others, and those granted to others.
+        relocation: moves requests between routes.
     """
 
-    def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        block_manager: BlockManager,
+        route: Route = REPLICA,
+        cost_model: CostModel = TOKEN_COUNT,
+    ) -> None:
+        """Start with no requests.
+
+        Args:
+            route: the first one, of which this worker is the leader.
+            cost_model: of one stage; only ratios matter, so any stage will do.
+        """
         if block_manager.blocks_for(config.max_model_len) > block_manager.num_blocks:
             raise ConfigError(
                 f"the KV cache holds {block_manager.num_blocks * block_manager.block_size} tokens,"
                 f" too few for one request of max_model_len {config.max_model_len}"
             )
+        self.blocks = GroupBlocks(block_manager, route.leader)
         self._config = config
-        self._pool = RequestPool(block_manager)
-        self._in_flight: dict[int, SchedulerOutput] = {}
+        self._worker_id = route.leader
+        self._pool = RequestPool(self.blocks, route)
+        self.relocation = Relocation(self._pool, route.leader)
+        self._lanes = Lanes(config, cost_model)
         self._step = 0
         self._pause_state = PauseState.RUNNING
         self._intake_state = IntakeState.OPEN
@@ -78,7 +105,7 @@ class Scheduler:
     @property
     def num_batches_in_flight(self) -> int:
         """Batches scheduled and not returned; 0 at a batch boundary."""
-        return len(self._in_flight)
+        return self._lanes.num_batches_in_flight
 
     @property
     def pause_state(self) -> PauseState:
@@ -93,10 +120,11 @@ class Scheduler:
     def load(self) -> SchedulerLoad:
         """The figures that a LoadReport carries; `requests_waiting` includes the preempted."""
         pool = self._pool
+        num_blocks = self.blocks.route_capacity(pool.route)
         return SchedulerLoad(
-            kv_blocks_total=pool.blocks.num_blocks,
-            kv_blocks_used=pool.blocks.num_used_blocks,
-            requests_running=len(pool.running),
+            kv_blocks_total=num_blocks,
+            kv_blocks_used=num_blocks - self.blocks.route_free(pool.route),
+            requests_running=len(pool.running) + len(pool.parked) + len(pool.exchanging),
             requests_waiting=len(pool.waiting) + len(pool.preempted),
             waiting_blocks=pool.queued_blocks,
             num_preemptions=pool.num_preemptions,
@@ -145,6 +173,67 @@ class Scheduler:
         """Refuse new requests from now on; those accepted are finished."""
         self._intake_state = IntakeState.DRAINING
 
+    # --- the layout changes ----------------------------------------------------------------------
+
+    def plan_shrink(self, targets: Mapping[WorkerId, int]) -> ShrinkPlan:
+        """What it takes that requests of this scheduler use `targets` blocks at most, by worker.
+
+        Raises:
+            ShrinkError: that is more than there is, or too few for one request.
+        """
+        return plan_shrink(self._pool, targets, self._config.max_model_len)
+
+    def shrink(self, plan: ShrinkPlan) -> list[BlockMove]:
+        """Do it; the other workers may be told that their grant is smaller now.
+
+        Returns:
+            Copies to make on this worker before it unmaps what lies behind its last block.
+
+        Raises:
+            ShrinkError: a batch is in flight, or the plan is out of date.
+        """
+        if self.num_batches_in_flight:
+            raise ShrinkError("blocks cannot be taken away while a batch is in flight")
+        return apply_shrink(self._pool, plan, self._worker_id)
+
+    def take_released(self) -> dict[WorkerId, tuple[KvKey, ...]]:
+        """Whose blocks each other worker shall free, since the last call."""
+        return self.blocks.take_released()
+
+    def lose_worker(self, worker_id: WorkerId) -> list[Request]:
+        """Forget all requests with KV on a worker that is gone, and the batches that need it.
+
+        Returns those that somebody still wants. Requests whose KV was only to travel there are
+        computed again.
+        """
+        self._lanes.lose(worker_id)
+        requests = self._pool.requests.values()
+        lost = [r for r in requests if r.route is not None and worker_id in r.route.worker_ids]
+        wanted = self._abandon(lost)
+        for exchange in list(self._pool.exchanges.values()):
+            if worker_id in exchange.target.worker_ids:
+                self.relocation.give_up(exchange.request)
+        self.blocks.forget_worker(worker_id)
+        return wanted
+
+    def lose_all(self) -> list[Request]:
+        """Forget all requests, those without KV too, and every batch in flight.
+
+        Returns those that somebody still wants.
+        """
+        self._lanes.lose()
+        return self._abandon(list(self._pool.requests.values()))
+
+    def _abandon(self, requests: Sequence[Request]) -> list[Request]:
+        wanted = []
+        for request in requests:
+            if request.status is RequestStatus.CANCELLING:
+                self._pool.finish(request, FinishReason.ABORT)
+            else:
+                self._pool.finish(request, FinishReason.ERROR)
+                wanted.append(request)
+        return wanted
+
     # --- a step ----------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> SchedulerOutput:
@@ -155,14 +244,15 @@ class Scheduler:
         """
         if self._pause_state is PauseState.STOPPED:
             return SchedulerOutput(0, ())
-        builder = BatchBuilder(self._config, self._pool)
-        builder.build(now, admits_new=self._pause_state is PauseState.RUNNING)
-        if not builder.scheduled:
-            return SchedulerOutput(0, ())
-        self._step += 1
-        output = SchedulerOutput(self._step, tuple(builder.scheduled), tuple(builder.preempted))
-        self._in_flight[self._step] = output
-        return output
+        for lane in self._lanes.by_turn(self._pool):
+            builder = BatchBuilder(self._config, self._pool, lane.route, lane.pacer)
+            builder.build(now, admits_new=self._pause_state is PauseState.RUNNING)
+            if builder.scheduled:
+                self._step += 1
+                output = builder.output(self._step)
+                self._lanes.started(lane, output)
+                return output
+        return SchedulerOutput(0, ())
 
     # --- a batch returns -------------------------------------------------------------------------
 
@@ -183,8 +273,9 @@ class Scheduler:
                 f"{len(sampled_token_ids)} tokens for {len(output.sampled_requests)} requests"
             )
         tokens = iter(sampled_token_ids)
+        self._lanes.returned(output)
         results = []
-        for item in self._returned(output):
+        for item in output.scheduled:
             request = item.request
             token_id = next(tokens) if item.wants_token else None
             if request.status is RequestStatus.CANCELLING:
@@ -201,8 +292,9 @@ class Scheduler:
         Args:
             error: a sentence for the clients.
         """
+        self._lanes.returned(output)
         results = []
-        for item in self._returned(output):
+        for item in output.scheduled:
             request = item.request
             if request.status is RequestStatus.CANCELLING:
                 self._pool.finish(request, FinishReason.ABORT)
@@ -212,13 +304,6 @@ class Scheduler:
                 StepResult(request, request.num_output_tokens, (), FinishReason.ERROR, error=error)
             )
         return results
-
-    def _returned(self, output: SchedulerOutput) -> tuple[ScheduledRequest, ...]:
-        if self._in_flight.pop(output.step, None) is not output:
-            raise ValueError(f"batch {output.step} is not in flight")
-        for item in output.scheduled:
-            item.request.num_scheduled_tokens = 0
-        return output.scheduled
 
     def _append_token(self, request: Request, token_id: int) -> StepResult:
         index = request.num_output_tokens

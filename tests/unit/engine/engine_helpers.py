@@ -6,6 +6,7 @@ from services.worker.engine.block_manager import BlockManager, BlockMove
 from services.worker.engine.config import SchedulerConfig
 from services.worker.engine.outputs import SchedulerOutput, StepResult
 from services.worker.engine.request import Request
+from services.worker.engine.routes import Route, RouteStage
 from services.worker.engine.scheduler import Scheduler
 from shared.sampling import SamplingParams
 
@@ -35,10 +36,18 @@ def make_request(
     )
 
 
+def make_route(num_stages: int, route_id: str = "pipeline") -> Route:
+    """Workers w0, w1, ... with one layer each."""
+    return Route(route_id, tuple(RouteStage(f"w{i}", i, i + 1) for i in range(num_stages)))
+
+
 def make_scheduler(
-    num_blocks: int = 16, block_size: int = BLOCK_SIZE, **config: float
+    num_blocks: int = 16, block_size: int = BLOCK_SIZE, num_stages: int = 1, **config: float
 ) -> tuple[Scheduler, BlockManager]:
-    """A scheduler without watermarks, unless given, on a pool of its own."""
+    """A scheduler without watermarks, unless given, on a pool of its own.
+
+    With several stages, all of them have as many blocks.
+    """
     blocks = BlockManager(num_blocks, block_size)
     limits: dict[str, float] = {
         "max_num_batched_tokens": 16,
@@ -47,7 +56,11 @@ def make_scheduler(
         "watermark": 0.0,
         "recovery_watermark": 0.0,
     }
-    return Scheduler(SchedulerConfig(**{**limits, **config}), blocks), blocks  # type: ignore[arg-type]
+    route = make_route(num_stages)
+    scheduler = Scheduler(SchedulerConfig(**{**limits, **config}), blocks, route)  # type: ignore[arg-type]
+    for worker_id in route.worker_ids[1:]:
+        scheduler.blocks.set_capacity(worker_id, num_blocks)
+    return scheduler, blocks
 
 
 def next_token(token_ids: list[int]) -> int:

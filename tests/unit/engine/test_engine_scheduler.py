@@ -81,7 +81,7 @@ class TestBatches:
         assert (output.scheduled, scheduler.num_batches_in_flight) == ((), 0)
 
     def test_a_request_in_flight_is_in_no_second_batch(self) -> None:
-        scheduler, _ = make_scheduler(max_num_batched_tokens=8)
+        scheduler, _ = make_scheduler(num_stages=2, max_num_batched_tokens=8)
         _add(scheduler, make_request("a", 12), make_request("b", 4, 1.0))
         first = scheduler.schedule(0.0)
         second = scheduler.schedule(0.0)
@@ -220,7 +220,7 @@ class TestPreemption:
         assert scheduler.schedule(0.0).preempted == (young,)
 
     def test_a_request_without_younger_ones_waits_with_its_blocks(self) -> None:
-        scheduler, _ = make_scheduler(num_blocks=8, max_num_batched_tokens=16)
+        scheduler, _ = make_scheduler(num_stages=2, num_blocks=8, max_num_batched_tokens=16)
         old, young = make_request("old", 16, 0.0), make_request("young", 16, 1.0)
         _add(scheduler, old, young)
         scheduler.schedule(0.0)
@@ -230,7 +230,7 @@ class TestPreemption:
         assert (young.status, young.num_computed_tokens) == (RequestStatus.RUNNING, 16)
 
     def test_a_request_in_flight_is_not_preempted(self) -> None:
-        scheduler, blocks = make_scheduler(num_blocks=8, max_num_batched_tokens=16)
+        scheduler, blocks = make_scheduler(num_stages=2, num_blocks=8, max_num_batched_tokens=16)
         old, young = make_request("old", 16, 0.0), make_request("young", 16, 1.0)
         _add(scheduler, old, young)
         first = scheduler.schedule(0.0)

@@ -1,0 +1,239 @@
+"""The blocks of a scheduler's requests on every stage of their routes.
+
+    stage 0 = this worker      BlockManager      block ids
+    stage 1 ... of a pipeline  StageBooking      counts; the stage has its own ids
+
+A request gets what it needs on all stages of its route, or nothing. With no remote stage this is
+the worker's BlockManager and no more. Called by the request pool and the batch builder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from services.worker.engine.block_manager import BlockIntegrityError, BlockManager, BlockMove
+from services.worker.engine.request import KvKey, Request
+from services.worker.engine.routes import Route, WorkerId
+from services.worker.engine.stage_blocks import StageBlocks, StageCapacityError
+from services.worker.engine.stage_booking import StageBooking
+
+
+class GroupBlocks:
+    """Blocks on this worker and bookings on others.
+
+    Attributes:
+        stage: what this worker holds for requests that others schedule.
+    """
+
+    def __init__(self, local: BlockManager, worker_id: WorkerId) -> None:
+        self.stage = StageBlocks(local)
+        self._local = local
+        self._worker_id = worker_id
+        self._bookings: dict[WorkerId, StageBooking] = {}
+        self._released: dict[WorkerId, list[KvKey]] = {}
+
+    # --- what is there ---------------------------------------------------------------------------
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` tokens occupy on each stage."""
+        return self._local.blocks_for(num_tokens)
+
+    def capacity(self, worker_id: WorkerId) -> int:
+        """Blocks on a worker that requests of this scheduler may use, free or not."""
+        if worker_id != self._worker_id:
+            return self._booking(worker_id).num_blocks
+        lent = self.stage.num_used_blocks + self.stage.num_reserved_blocks
+        return self._local.num_blocks - lent
+
+    def num_free(self, worker_id: WorkerId) -> int:
+        """Blocks on a worker that may still be allocated."""
+        if worker_id != self._worker_id:
+            return self._booking(worker_id).num_free_blocks
+        return self._local.num_free_blocks - self.stage.num_reserved_blocks
+
+    def num_used(self, worker_id: WorkerId) -> int:
+        """Blocks on a worker that requests of this scheduler hold."""
+        if worker_id != self._worker_id:
+            return self._booking(worker_id).num_used_blocks
+        return self._local.num_used_blocks - self.stage.num_used_blocks
+
+    def route_capacity(self, route: Route) -> int:
+        """Blocks of the stage of `route` that has the fewest."""
+        return min(self.capacity(worker_id) for worker_id in route.worker_ids)
+
+    def route_free(self, route: Route) -> int:
+        """Free blocks of the stage of `route` that has the fewest."""
+        return min(self.num_free(worker_id) for worker_id in route.worker_ids)
+
+    def num_held(self, request: Request, worker_id: WorkerId) -> int:
+        """Blocks that `request` has on a worker."""
+        if worker_id == self._worker_id:
+            return len(request.block_table)
+        return self._booking(worker_id).num_held(request.kv_key)
+
+    def holds(self, request: Request, worker_id: WorkerId) -> bool:
+        """True if `request` has blocks on that worker."""
+        return self.num_held(request, worker_id) > 0
+
+    # --- allocation ------------------------------------------------------------------------------
+
+    def short_stages(
+        self, request: Request, route: Route, num_tokens: int, spare_blocks: int = 0
+    ) -> list[WorkerId]:
+        """Workers of `route` without room for the first `num_tokens` tokens of `request`.
+
+        Args:
+            spare_blocks: blocks that must stay free on each.
+        """
+        num_blocks = self._local.blocks_for(num_tokens)
+        short = []
+        for stage in route.stages:
+            num_missing = num_blocks - self.num_held(request, stage.worker_id)
+            num_wanted = max(0, num_missing) + spare_blocks
+            if num_wanted > 0 and num_wanted > self.num_free(stage.worker_id):
+                short.append(stage.worker_id)
+        return short
+
+    def allocate(self, request: Request, route: Route, num_tokens: int) -> bool:
+        """Give `request` blocks for its first `num_tokens` tokens on every stage of `route`.
+
+        All or nothing: returns False, having changed nothing, if a stage has too few.
+        """
+        if self.short_stages(request, route, num_tokens):
+            return False
+        num_blocks, key = self._local.blocks_for(num_tokens), request.kv_key
+        for stage in route.stages:
+            if stage.worker_id == self._worker_id:
+                self._local.allocate(request, num_tokens)
+                continue
+            booking = self._booking(stage.worker_id)
+            booking.hold(key, max(num_blocks, booking.num_held(key)))
+        return True
+
+    def trim(self, request: Request, num_tokens: int) -> None:
+        """Take back what `request` holds beyond its first `num_tokens` tokens.
+
+        Stages need not be told: they take blocks only for tokens that they compute or receive.
+        """
+        self._local.trim(request, num_tokens)
+        num_blocks, key = self._local.blocks_for(num_tokens), request.kv_key
+        for booking in self._bookings.values():
+            if booking.num_held(key) > num_blocks:
+                booking.hold(key, num_blocks)
+
+    def free(self, request: Request, kept: Collection[WorkerId] = ()) -> None:
+        """Take back all blocks of `request`, but for those on the workers `kept`."""
+        if self._worker_id not in kept:
+            self._local.free(request)
+        key = request.kv_key
+        for worker_id, booking in self._bookings.items():
+            if worker_id not in kept and booking.release(key):
+                self._released.setdefault(worker_id, []).append(key)
+
+    def take_released(self) -> dict[WorkerId, tuple[KvKey, ...]]:
+        """Whose blocks each worker shall free, since the last call."""
+        released = {worker_id: tuple(keys) for worker_id, keys in self._released.items()}
+        self._released.clear()
+        return released
+
+    # --- requests that come and go with their KV -------------------------------------------------
+
+    def adopt(self, request: Request, origin: Route) -> None:
+        """Take over the blocks of a request that another worker scheduled, where they lie.
+
+        KeyError, nothing having changed, if some should be here and are not.
+        """
+        if self._worker_id in origin.worker_ids:
+            request.block_table[:] = self.stage.claim(request.kv_key)
+        num_blocks = self._local.blocks_for(request.num_computed_tokens)
+        for worker_id in origin.worker_ids:
+            if worker_id != self._worker_id:
+                self._booking(worker_id).hold(request.kv_key, num_blocks)
+
+    def hand_over(self, request: Request) -> None:
+        """Leave the blocks of `request` where they lie; another scheduler answers for them.
+
+        Those on this worker are held under its key from now on. What is booked elsewhere is
+        forgotten, and the grant there goes with it.
+        """
+        if request.block_table:
+            self.stage.hold(request.kv_key, list(request.block_table), request.num_computed_tokens)
+            request.block_table.clear()
+        for booking in self._bookings.values():
+            booking.num_blocks = max(0, booking.num_blocks - booking.release(request.kv_key))
+
+    # --- size ------------------------------------------------------------------------------------
+
+    def set_capacity(self, worker_id: WorkerId, num_blocks: int) -> None:
+        """Take note of what another worker granted."""
+        self._booking(worker_id).num_blocks = num_blocks
+
+    def forget_worker(self, worker_id: WorkerId) -> None:
+        """Drop everything booked on a worker, and what it was to be told."""
+        self._bookings.pop(worker_id, None)
+        self._released.pop(worker_id, None)
+
+    def grow(self, num_blocks: int) -> None:
+        """Add blocks to this worker's pool; see `BlockManager.grow`."""
+        self._local.grow(num_blocks)
+
+    def shrink(self, num_blocks: int, requests: Iterable[Request]) -> list[BlockMove]:
+        """Leave own requests `num_blocks` of this worker's blocks; see `BlockManager.shrink`.
+
+        What is held for others or granted to them stays on top of that, and is compacted too.
+
+        Raises:
+            StageCapacityError: own requests hold more; nothing has changed.
+        """
+        lent = self.stage.num_used_blocks + self.stage.num_reserved_blocks
+        moves = None
+        if self.num_used(self._worker_id) <= num_blocks:
+            moves = self._local.shrink(num_blocks + lent, (*requests, *self.stage.owners))
+        if moves is None:
+            raise StageCapacityError(f"requests hold more than {num_blocks} blocks")
+        return moves
+
+    # --- integrity -------------------------------------------------------------------------------
+
+    def check_integrity(self, requests: Collection[Request]) -> None:
+        """Check that every block is free or belongs to exactly one request.
+
+        Raises:
+            BlockIntegrityError: naming the first block, booking or request where that is not so.
+        """
+        self._local.check_integrity(
+            (*(r for r in requests if self._is_local(r)), *self.stage.owners)
+        )
+        self.stage.check_integrity()
+        known = {request.kv_key for request in requests}
+        for worker_id, booking in self._bookings.items():
+            strangers = booking.held.keys() - known
+            if strangers:
+                raise BlockIntegrityError(f"{min(strangers)} has blocks on {worker_id} but is gone")
+            if sum(booking.held.values()) != booking.num_used_blocks:
+                raise BlockIntegrityError(f"the bookings on {worker_id} do not add up")
+        for request in requests:
+            self._check_coverage(request)
+
+    def _check_coverage(self, request: Request) -> None:
+        num_blocks = self._local.blocks_for(request.num_computed_tokens)
+        for worker_id in () if request.route is None else request.route.worker_ids:
+            if worker_id == self._worker_id:
+                continue
+            num_held = self._booking(worker_id).num_held(request.kv_key)
+            if num_held < num_blocks:
+                raise BlockIntegrityError(
+                    f"request {request.request_id} has {request.num_computed_tokens} computed"
+                    f" tokens but only {num_held} blocks on {worker_id}"
+                )
+
+    def _is_local(self, request: Request) -> bool:
+        """True if `request` has blocks on this worker, or should have."""
+        route = request.route
+        return bool(request.block_table) or route is None or self._worker_id in route.worker_ids
+
+    def _booking(self, worker_id: WorkerId) -> StageBooking:
+        booking = self._bookings.get(worker_id)
+        if booking is None:
+            booking = self._bookings[worker_id] = StageBooking()
+        return booking

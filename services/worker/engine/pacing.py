@@ -1,0 +1,109 @@
+"""How much work one microbatch takes, so that all microbatches of a pipeline last equally long.
+
+A worker alone (one stage) takes all it can: then pacing sets no limit. On a pipeline of S stages
+- the decodes are spread: a batch takes 1/S of the cost of all of them, those that waited longest
+  first; what returns too large is cut down and the next one filled up, so they stay even;
+- prefill is limited by predicted time; when a lot is queued, to equal parts of it, planned in
+  rounds by the lookahead formulation (`microbatches.py`). A round sets how much a batch takes, not
+  which request: a request is in at most one batch, so while its last chunk is in flight, the next
+  requests take its place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from services.worker.engine.config import ChunkPolicy, SchedulerConfig
+from services.worker.engine.cost_model import ChunkShape, CostModel
+from services.worker.engine.microbatches import formulate
+from services.worker.engine.request import Request
+
+#: Requests are cut into pieces no smaller than this: each adds overhead, and saves little.
+_MIN_PIECE_TOKENS = 16
+
+
+def decode_share(
+    ready: Sequence[Request], total_cost: float, num_stages: int, model: CostModel
+) -> list[Request]:
+    """The decodes for the next batch, oldest first.
+
+    Args:
+        ready: requests that wait for their next token, oldest first.
+        total_cost: `decode_cost` of all requests that decode on the route, in flight or not.
+    """
+    if num_stages == 1:
+        return list(ready)
+    target = total_cost / num_stages * (1.0 - 1e-9)  # sums of floats may miss it by a little
+    chosen, cost = set(), 0.0
+    for request in sorted(ready, key=lambda request: request.last_step):
+        chosen.add(id(request))
+        cost += model.decode_cost(request.num_computed_tokens)
+        if cost >= target:
+            break
+    return [request for request in ready if id(request) in chosen]
+
+
+class PrefillPacer:
+    """Remembers, for one route, how the prefill that is queued was divided."""
+
+    def __init__(self, config: SchedulerConfig, model: CostModel, num_stages: int) -> None:
+        self.model = model
+        self._config = config
+        self._num_stages = num_stages
+        self._batch_cost = 0.0
+        self._num_batches_left = 0
+
+    @property
+    def needs_round(self) -> bool:
+        """True if `begin_round` should be told what is queued."""
+        is_lookahead = self._config.chunk_policy is ChunkPolicy.LOOKAHEAD
+        return is_lookahead and self._num_stages > 1 and self._num_batches_left == 0
+
+    def begin_round(self, work: Sequence[ChunkShape]) -> None:
+        """Divide the prefill that is queued, if that is worthwhile.
+
+        Too few requests cannot fill the pipeline, however they are cut; too few tokens would be cut
+        into pieces that do not use the device well.
+        """
+        num_tokens = sum(chunk.num_tokens for chunk in work)
+        min_tokens = self._config.min_prefill_tokens
+        if len(work) <= self._num_stages or num_tokens < 2 * self._num_stages * min_tokens:
+            return
+        batches = formulate(work, self.model, min_tokens)
+        self._num_batches_left = len(batches)
+        costs = (self.model.marginal_cost(chunk.shape) for batch in batches for chunk in batch)
+        self._batch_cost = math.fsum(costs) / len(batches)
+
+    def prefill_cost(self, decode_cost: float) -> float:
+        """What the prefill of the next batch may cost, in sums of `marginal_cost`.
+
+        Args:
+            decode_cost: cost of the decodes in the same batch.
+        """
+        if self._num_stages == 1 or self._config.chunk_policy is ChunkPolicy.TOKEN_COUNT:
+            return math.inf
+        if self._num_batches_left > 0:
+            return self._batch_cost
+        full_batch = self._cost_of_new(self._config.max_num_batched_tokens)
+        return max(full_batch - decode_cost, self._cost_of_new(self._config.min_prefill_tokens))
+
+    def is_spent(self, cost_left: float) -> bool:
+        """True if another piece would come nowhere near `cost_left`."""
+        return cost_left <= 0.0 or cost_left < self._cost_of_new(_MIN_PIECE_TOKENS) / 2
+
+    def chunk_tokens(self, chunk: ChunkShape, cost_left: float) -> int:
+        """How many tokens of `chunk` cost about `cost_left`, without pieces of no use."""
+        if math.isinf(cost_left):
+            return chunk.num_tokens
+        num_tokens = self.model.chunk_tokens(chunk.num_prefix_tokens, cost_left)
+        if num_tokens >= chunk.num_tokens - _MIN_PIECE_TOKENS / 2:
+            return chunk.num_tokens
+        return min(chunk.num_tokens, max(_MIN_PIECE_TOKENS, round(num_tokens)))
+
+    def _cost_of_new(self, num_tokens: int) -> float:
+        return self.model.marginal_cost(ChunkShape(0, num_tokens))
+
+    def batch_made(self, *, has_prefill: bool) -> None:
+        """Count a batch of the round; one without prefill ends it, for nothing is left."""
+        self._num_batches_left = max(0, self._num_batches_left - 1) if has_prefill else 0
