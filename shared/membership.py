@@ -230,7 +230,7 @@ class MemberView:
     def _tell(self, events: list[MemberEvent]) -> None:
         for event in events:
             if event.kind is not MemberEventKind.CHANGED:
-                self._log.info("members.event", kind=event.kind.value, key=event.key)
+                self._log.debug("members.event", kind=event.kind.value, key=event.key)
             for subscriber in self._subscribers:
                 subscriber(event)
 
