@@ -136,8 +136,8 @@ class Link(Protocol):
 
         Returns:
             False where a bulk class has its fill of queued bytes; then nothing was queued and
-            `wait_writable` tells when to try again. A frame larger than the limit is accepted
-            when its class is empty. CONTROL is always accepted.
+            `wait_writable` tells when to try again. Below the limit a frame of any size is
+            accepted, so the limit is exceeded by one frame at most. CONTROL is always accepted.
 
         Raises:
             LinkDownError: the link is down or closed.
@@ -158,7 +158,8 @@ class Link(Protocol):
     def close(self) -> None:
         """End the link and its threads. Idempotent, from any thread, callbacks included.
 
-        What is still queued is dropped; the peer is told. `on_down` is not called for it.
+        What is still queued is dropped; the peer is told. `on_down` is not called for it, and
+        nothing else is once this has returned.
         """
         ...
 

@@ -24,7 +24,7 @@ class LinkConfig:
     """
 
     bandwidth_bytes_per_second: float | None = None
-    chunk_seconds: float = 0.002
+    chunk_seconds: float = 0.001
     heartbeat_seconds: float = 0.2
     silence_seconds: float = 0.8
     exchange_limit_bytes: int = 64 * MIB

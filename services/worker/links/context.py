@@ -10,6 +10,7 @@ import structlog
 
 from services.worker.links.base import DownHandler, FrameHandler, LinkPeer, Transport
 from services.worker.links.config import LinkConfig
+from services.worker.links.handshake import DIFFERENT_HOSTS
 from services.worker.links.link import StreamLink
 from services.worker.links.stream import ByteStream
 from shared.bus.base import Bus
@@ -79,7 +80,7 @@ def make_link(
 ) -> StreamLink:
     """A link that is not started yet; says in the log what it runs on, loudly if on less."""
     log = structlog.get_logger(component="links", worker=context.worker_id, peer=peer.worker_id)
-    say = log.warning if fallback else log.info
+    say = log.info if fallback in ("", DIFFERENT_HOSTS) else log.warning
     say("link.up", transport=stream.transport.value, epoch=peer.epoch, fallback=fallback)
     handlers = context.handlers
     return StreamLink(stream, peer, context.config, handlers.on_frame, handlers.on_down, fallback)

@@ -26,6 +26,8 @@ _ID_BYTES, _KEY_BYTES, _MAC_BYTES = 16, 32, 32
 HELLO_BYTES = len(_MAGIC) + _ID_BYTES + _MAC_BYTES
 WELCOME_BYTES = len(_MAGIC) + _MAC_BYTES
 INVITATION_SECONDS = 10.0
+#: The one reason for TCP that is no fault.
+DIFFERENT_HOSTS = "different host, network namespace or user"
 
 
 class LinkRefusedError(LinkError):
@@ -46,7 +48,7 @@ def choose_transport(
     """Shared memory where both can and it reaches, else TCP, else nothing (transport None)."""
     fallback = ""
     if not own_host_id or offered_host_id != own_host_id:
-        fallback = "different host, network namespace or user"
+        fallback = DIFFERENT_HOSTS
     elif Transport.SHM not in own or Transport.SHM not in offered:
         fallback = "shared memory is not available to both"
     else:

@@ -134,6 +134,8 @@ class StreamLink:
         reason, detail = DownReason.FAULT, ""
         try:
             for frame in self._receiver.frames():
+                if self._closed_here:
+                    break
                 self._on_frame(self, frame)
         except StreamError as error:
             reason, detail = error.reason, str(error)

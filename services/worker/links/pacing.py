@@ -4,8 +4,8 @@ from __future__ import annotations
 
 MIN_CHUNK_BYTES = 64 * 1024
 MAX_CHUNK_BYTES = 4 * 1024 * 1024
-#: Weight of a new measurement in the moving average of the bandwidth.
-_SMOOTHING = 0.2
+#: How much of the past is forgotten with each chunk.
+_FADING = 0.1
 
 
 class TokenBucket:
@@ -45,28 +45,26 @@ class ChunkSizer:
     def __init__(self, chunk_seconds: float, bytes_per_second: float | None = None) -> None:
         self._chunk_seconds = chunk_seconds
         self._limit = bytes_per_second
-        self._measured: float | None = None
+        self._bytes = self._seconds = 0.0  # of the recent past
 
     @property
     def measured_bytes_per_second(self) -> float | None:
-        """Moving average of `add`; None before the first."""
-        return self._measured
+        """Bytes by seconds of the recent past; None before the first `add`."""
+        return self._bytes / self._seconds if self._seconds else None
 
     @property
     def chunk_bytes(self) -> int:
         """Size of the next chunk."""
-        rates = [rate for rate in (self._limit, self._measured) if rate is not None]
+        measured = self.measured_bytes_per_second
+        rates = [rate for rate in (self._limit, measured) if rate is not None]
         if not rates:
             return MIN_CHUNK_BYTES
         return round(min(max(min(rates) * self._chunk_seconds, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES))
 
     def add(self, nbytes: int, seconds: float) -> None:
-        """Take a measurement: a chunk of `nbytes` took `seconds`, pacing included."""
-        if seconds <= 0 or nbytes <= 0:
-            return
-        if self._measured is None:
-            self._measured = nbytes / seconds
-            return
-        # In seconds per byte: the average of rates would be ruled by the fastest chunks.
-        pace = (1 - _SMOOTHING) / self._measured + _SMOOTHING * seconds / nbytes
-        self._measured = 1 / pace
+        """Take a measurement: a chunk of `nbytes` took `seconds`, pacing included.
+
+        Bytes and seconds fade apart from each other, so a tiny chunk counts for little.
+        """
+        self._bytes = self._bytes * (1 - _FADING) + nbytes
+        self._seconds = self._seconds * (1 - _FADING) + max(seconds, 0.0)

@@ -53,7 +53,8 @@ class FrameQueue:
     """Frames that wait to be sent, by class.
 
     Args:
-        limit_bytes: how many bytes of payload each bulk class may hold; CONTROL has no limit.
+        limit_bytes: from how many queued bytes of payload on a bulk class refuses more; CONTROL
+            has no limit.
     """
 
     def __init__(self, limit_bytes: Mapping[LinkClass, int]) -> None:
@@ -72,12 +73,10 @@ class FrameQueue:
         """Payload of this class that was not handed out yet."""
         return self._queued_bytes[link_class]
 
-    def accepts(self, link_class: LinkClass, payload_bytes: int) -> bool:
-        """Whether that much more may be queued. An empty class takes a frame of any size."""
+    def accepts(self, link_class: LinkClass) -> bool:
+        """Whether a frame, of any size, may be queued: the class is below its limit."""
         limit = self._limit_bytes.get(link_class)
-        if limit is None or not self._entries[link_class]:
-            return True
-        return self._queued_bytes[link_class] + payload_bytes <= limit
+        return limit is None or self._queued_bytes[link_class] < limit
 
     def push(
         self, frame: LinkFrame, link_class: LinkClass, now: float, released: Released = None
@@ -86,9 +85,9 @@ class FrameQueue:
 
         Raises LinkError where the frame cannot be sent at all.
         """
-        entry = _Entry(frame, link_class, now, released)
-        if not self.accepts(link_class, entry.cutter.payload_bytes):
+        if not self.accepts(link_class):
             return False
+        entry = _Entry(frame, link_class, now, released)
         self._entries[link_class].append(entry)
         self._queued_bytes[link_class] += entry.cutter.payload_bytes
         return True

@@ -107,13 +107,15 @@ class FrameSender:
                 self._leftover = [gather(rest)] if rest else []
                 self._meter.control_delay(0.0)
                 self._meter.sent[LinkClass.CONTROL].add(payload_bytes, ends_frame=True)
-                self._hand_back()
+                self._is_writing = False
+                if self._leftover or self._queue or self._stopping:
+                    self._state.notify_all()
 
     def wait_writable(self, link_class: LinkClass, timeout_seconds: float) -> bool:
         """Wait until a frame would be accepted or the link is down; False where neither is."""
         with self._state:
             return self._state.wait_for(
-                lambda: self._stopping or self._queue.accepts(link_class, 1), timeout_seconds
+                lambda: self._stopping or self._queue.accepts(link_class), timeout_seconds
             )
 
     def stats(self, transport: Transport) -> LinkStats:
@@ -187,7 +189,8 @@ class FrameSender:
                 self._meter.sent[chunk.link_class].add(chunk.payload_bytes, chunk.ends_frame)
                 if chunk.link_class is not LinkClass.CONTROL:
                     self._sizer.add(chunk.payload_bytes, time.monotonic() - began_at)
-            self._hand_back()
+            self._is_writing = False
+            self._state.notify_all()  # whoever waits for room
         if chunk is not None and chunk.released is not None:
             chunk.released()
         return True
@@ -251,12 +254,6 @@ class FrameSender:
         """Whether a CONTROL frame has to queue. A limited link is paced by the writer alone."""
         busy = self._is_writing or bool(self._leftover) or self._bucket is not None
         return busy or self._queue.holds(LinkClass.CONTROL)
-
-    def _hand_back(self) -> None:
-        """Give up the right to write; wake the writer and whoever waits for room."""
-        self._is_writing = False
-        if self._leftover or self._queue or self._stopping:
-            self._state.notify_all()
 
 
 def _copy_of(frame: LinkFrame) -> LinkFrame:

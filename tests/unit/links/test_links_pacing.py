@@ -68,3 +68,11 @@ def test_one_slow_chunk_does_not_count_less_than_a_fast_one() -> None:
         sizer.add(MB, 0.001)
         sizer.add(MB, 0.009)
     assert sizer.measured_bytes_per_second == pytest.approx(2e8, rel=0.2)
+
+
+def test_a_tiny_chunk_says_little_about_the_bandwidth() -> None:
+    sizer = ChunkSizer(0.002)
+    for _ in range(50):
+        sizer.add(MB, 0.001)
+    sizer.add(1, 0.0001)  # the time of a call, not of a byte
+    assert sizer.measured_bytes_per_second == pytest.approx(1e9, rel=0.05)

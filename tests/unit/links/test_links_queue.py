@@ -40,21 +40,23 @@ def test_a_higher_class_goes_first_after_one_chunk() -> None:
 
 def test_a_class_that_has_its_fill_refuses() -> None:
     queue = FrameQueue(LIMITS)
-    assert queue.push(frame(60), EXCHANGE, 0.0)
-    assert not queue.push(frame(41), EXCHANGE, 0.0)
-    assert queue.push(frame(40), EXCHANGE, 0.0)
-    assert queue.queued_bytes(EXCHANGE) == 100
+    assert queue.push(frame(99), EXCHANGE, 0.0)
+    assert queue.push(frame(50), EXCHANGE, 0.0)
+    assert not queue.push(frame(1), EXCHANGE, 0.0)
+    assert queue.queued_bytes(EXCHANGE) == 149
     assert queue.push(frame(100), RESTORE, 0.0)
     assert all(queue.push(frame(1000), CONTROL, 0.0) for _ in range(10))
 
 
-def test_an_empty_class_takes_a_frame_of_any_size() -> None:
+def test_a_class_below_its_limit_takes_a_frame_of_any_size() -> None:
     queue = FrameQueue(LIMITS)
     assert queue.push(frame(1000), EXCHANGE, 0.0)
-    assert not queue.accepts(EXCHANGE, 0)
-    for _ in range(10):
+    assert not queue.accepts(EXCHANGE)
+    for _ in range(9):
         queue.next_chunk(100)
-    assert queue.accepts(EXCHANGE, 1000)
+    assert not queue.accepts(EXCHANGE)
+    queue.next_chunk(1)
+    assert queue.push(frame(1000), EXCHANGE, 0.0)
 
 
 def test_a_frame_over_the_limit_is_refused_aloud() -> None:

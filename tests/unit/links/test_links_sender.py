@@ -75,7 +75,7 @@ def stream() -> GatedStream:
 
 @pytest.fixture
 def sender(stream: GatedStream) -> Iterator[FrameSender]:
-    config = LinkConfig(heartbeat_seconds=3600.0)
+    config = LinkConfig(heartbeat_seconds=3600.0, chunk_seconds=1e-9)
     sender = FrameSender(stream, LinkMeter(), config)
     thread = threading.Thread(target=sender.run)
     thread.start()
@@ -127,6 +127,23 @@ async def test_control_on_an_idle_link_goes_before_send_returns(
     stream.give_room(1 << 20)
     sender.send_control(frame(100_000))
     assert [arrival.link_class for arrival in stream.arrivals] == [CONTROL]
+
+
+async def test_room_is_told_when_the_class_is_empty_again(stream: GatedStream) -> None:
+    """A frame larger than the limit: only its last chunk makes room."""
+    sender = FrameSender(stream, LinkMeter(), LinkConfig(exchange_limit_bytes=1))
+    sender.send_bulk(frame(1000), EXCHANGE, None)
+    answers: list[bool] = []
+    waiter = threading.Thread(target=lambda: answers.append(sender.wait_writable(EXCHANGE, 60.0)))
+    writer = threading.Thread(target=sender.run)
+    waiter.start()
+    writer.start()
+    assert not answers
+    stream.give_room(1 << 20)
+    await eventually(lambda: answers)
+    assert answers == [True]
+    sender.stop()
+    writer.join(10)
 
 
 async def test_a_broken_stream_ends_the_sender_and_releases_what_was_lent() -> None:
