@@ -25,6 +25,8 @@ async def read_body(request: web.Request, model: type[BodyModel]) -> BodyModel:
         data = await request.read()
     except web.HTTPRequestEntityTooLarge as error:
         raise BodyTooLargeError(f"the request body is too large: {error.text}") from error
+    except web.RequestPayloadError as error:
+        raise BadRequestError("the request body is not encoded as its headers say") from error
     return validate_body(parse_object(data), model)
 
 

@@ -103,4 +103,5 @@ def _check_key(request: web.Request, key: str | None) -> None:
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
     """Signal handler: give every response, streams included, the request's id."""
-    response.headers["X-Request-Id"] = request_id_of(request)
+    if REQUEST_ID in request:  # aiohttp itself answers an `Expect` that it does not know
+        response.headers["X-Request-Id"] = request_id_of(request)
