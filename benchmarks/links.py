@@ -9,33 +9,31 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import queue
+import functools
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-import msgpack
-import numpy as np
 from pydantic import TypeAdapter
 
 from benchmarks.command import run_command
-from benchmarks.links_peer import FAR, NEAR, Kind, make_context
+from benchmarks.links_measure import (
+    DEADLINE_SECONDS,
+    KIB,
+    FrameFinding,
+    LoadFinding,
+    Near,
+    measure_frames,
+    measure_load,
+    memory_copy_rate,
+)
+from benchmarks.links_peer import FAR, NEAR, make_context
 from benchmarks.machine import inspect_machine, measure_busy_share
-from benchmarks.metrics import Distribution, distribution
 from benchmarks.processes import ManagedProcess
 from benchmarks.report import Report, Table
-from services.worker.links.base import (
-    DownReason,
-    Link,
-    LinkClass,
-    LinkError,
-    LinkFrame,
-    LinkPeer,
-    Transport,
-)
+from services.worker.links.base import LinkError, LinkPeer, Transport
 from services.worker.links.config import LinkConfig
 from services.worker.links.context import LinkHandlers
 from services.worker.links.endpoint import LinkEndpoint
@@ -45,167 +43,7 @@ from shared.bus.nats import connect
 from shared.embedded_nats import EmbeddedNats
 from shared.settings import ByteSize
 
-KIB, MIB = 1024, 1024 * 1024
-#: A decode step of 32 rows, a chunk of prefill, and KV of an exchange among them.
-FRAME_BYTES = (4 * KIB, 74 * KIB, 600 * KIB, 8 * MIB)
-ACTIVATION_BYTES = 74 * KIB
-EXCHANGE_FRAME_BYTES = 2 * MIB
-DEADLINE_SECONDS = 60.0
-#: Probes behind an exchange come at the rate of pipelined decode steps.
-PROBE_INTERVAL_SECONDS = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class FrameFinding:
-    """One frame size on one transport."""
-
-    transport: str
-    frame_bytes: int
-    latency: Distribution
-    bytes_per_second: float
-
-
-@dataclass(frozen=True, slots=True)
-class LoadFinding:
-    """Activations while an exchange takes all the bandwidth that they leave."""
-
-    transport: str
-    bandwidth_limit: float | None
-    latency: Distribution
-    exchange_bytes_per_second: float
-    activation_bytes_per_second: float
-    idle_bytes_per_second: float
-    chunk_bytes: int
-
-    @property
-    def name(self) -> str:
-        if self.bandwidth_limit is None:
-            return self.transport
-        return f"{self.transport}, {self.bandwidth_limit / 1e6:g} MB/s"
-
-    @property
-    def used(self) -> float:
-        """Share of the idle link's bandwidth that exchange and activations got together."""
-        total = self.exchange_bytes_per_second + self.activation_bytes_per_second
-        return total / self.idle_bytes_per_second
-
-    @property
-    def bound_seconds(self) -> float:
-        """One chunk in front and the activation itself, at the bandwidth of the idle link."""
-        return (self.chunk_bytes + ACTIVATION_BYTES) / self.idle_bytes_per_second
-
-
-class Near:
-    """The measuring end of a link."""
-
-    def __init__(self) -> None:
-        self._answers: queue.Queue[float] = queue.Queue()
-
-    def on_frame(self, link: Link, frame: LinkFrame) -> None:
-        if frame.kind == Kind.ANSWER:
-            self._answers.put(msgpack.unpackb(frame.header))
-
-    def on_down(self, link: Link, reason: DownReason) -> None:
-        self._answers.put(float("nan"))
-
-    def probe(self, link: Link, data: memoryview, link_class: LinkClass) -> float:
-        """Send a frame; returns the seconds until it had arrived whole."""
-        sent_at = time.monotonic()
-        send(link, LinkFrame(Kind.PROBE, "bench", 1, b"", [data]), link_class)
-        arrived_at = self._answers.get(timeout=DEADLINE_SECONDS)
-        if arrived_at != arrived_at:
-            raise LinkError("the link went down during the measurement")
-        return arrived_at - sent_at
-
-
-def send(link: Link, frame: LinkFrame, link_class: LinkClass) -> None:
-    """Send, waiting for room."""
-    while not link.send(frame, link_class):
-        if not link.wait_writable(link_class, DEADLINE_SECONDS):
-            raise LinkError("no room on the link")
-
-
-def summarise(seconds: Sequence[float]) -> Distribution:
-    """The distribution of a sample that is not empty."""
-    found = distribution(seconds)
-    if found is None:
-        raise LinkError("nothing was measured")
-    return found
-
-
-def memory_copy_rate() -> float:
-    """Bytes per second of a copy between arrays larger than the caches; the best of some."""
-    source, target = (np.ones(64 * MIB, dtype=np.uint8) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        began_at = time.perf_counter()
-        np.copyto(target, source)
-        best = min(best, time.perf_counter() - began_at)
-    return source.nbytes / best
-
-
-def measure_frames(near: Near, link: StreamLink, scale: float) -> list[FrameFinding]:
-    """Latency of single CONTROL frames and bandwidth of EXCHANGE frames, by size."""
-    findings = []
-    for frame_bytes in FRAME_BYTES:
-        data = np.ones(frame_bytes, dtype=np.uint8).data
-        count = max(20, round(scale * min(2000, 400 * MIB / frame_bytes)))
-        latencies = [near.probe(link, data, LinkClass.CONTROL) for _ in range(count)]
-        rate = measure_bandwidth(near, link, data, round(scale * 512 * MIB))
-        finding = FrameFinding(
-            link.transport.value, frame_bytes, summarise(latencies[count // 10 :]), rate
-        )
-        findings.append(finding)
-    return findings
-
-
-def measure_bandwidth(near: Near, link: Link, data: memoryview, total_bytes: int) -> float:
-    """Bytes per second of EXCHANGE frames until the last of them has arrived."""
-    count = max(4, min(20_000, total_bytes // len(data)))
-    frame = LinkFrame(Kind.BULK, "bench", 1, b"", [data])
-    began_at = time.perf_counter()
-    for _ in range(count - 1):
-        send(link, frame, LinkClass.EXCHANGE)
-    near.probe(link, data, LinkClass.EXCHANGE)
-    return count * len(data) / (time.perf_counter() - began_at)
-
-
-def measure_load(near: Near, link: StreamLink, limit: float | None, seconds: float) -> LoadFinding:
-    """Activations at a steady pace while another thread keeps the exchange queue full."""
-    bulk = np.ones(EXCHANGE_FRAME_BYTES, dtype=np.uint8).data
-    activation = np.ones(ACTIVATION_BYTES, dtype=np.uint8).data
-    idle_total = 256 * MIB if limit is None else round(limit * seconds / 2)
-    idle_rate = measure_bandwidth(near, link, bulk, idle_total)
-    over = threading.Event()
-
-    def saturate() -> None:
-        frame = LinkFrame(Kind.BULK, "bench", 1, b"", [bulk])
-        while not over.is_set():
-            if not link.send(frame, LinkClass.EXCHANGE):
-                link.wait_writable(LinkClass.EXCHANGE, 0.1)
-
-    flood = threading.Thread(target=saturate)
-    flood.start()
-    before, began_at = link.stats(), time.monotonic()
-    latencies = []
-    while time.monotonic() < began_at + seconds:
-        latencies.append(near.probe(link, activation, LinkClass.CONTROL))
-        time.sleep(PROBE_INTERVAL_SECONDS)
-    after, took = link.stats(), time.monotonic() - began_at
-    over.set()
-    flood.join()
-    exchange = LinkClass.EXCHANGE
-    moved = after.classes[exchange].bytes_sent - before.classes[exchange].bytes_sent
-    activations = len(latencies) * ACTIVATION_BYTES / took
-    return LoadFinding(
-        link.transport.value,
-        limit,
-        summarise(latencies),
-        moved / took,
-        activations,
-        idle_rate,
-        after.chunk_bytes,
-    )
+Measured = TypeVar("Measured")
 
 
 def render_frames(findings: Sequence[FrameFinding], copy_rate: float) -> str:
@@ -254,8 +92,11 @@ def render_load(findings: Sequence[LoadFinding]) -> str:
 
 
 async def with_link(
-    bus: Bus, transport: Transport, config: LinkConfig, measure: Callable[[Near, StreamLink], None]
-) -> None:
+    bus: Bus,
+    transport: Transport,
+    config: LinkConfig,
+    measure: Callable[[Near, StreamLink], Measured],
+) -> Measured:
     """Open a link, measure on a thread, close it."""
     near = Near()
     handlers = LinkHandlers(lambda link: None, near.on_frame, near.on_down)
@@ -263,7 +104,7 @@ async def with_link(
     peer = LinkPeer(FAR, "bench", 1, 1)
     link = await LinkEndpoint(context).open(peer, timeout_seconds=DEADLINE_SECONDS)
     try:
-        await asyncio.to_thread(measure, near, link)
+        return await asyncio.to_thread(measure, near, link)
     finally:
         await asyncio.to_thread(link.close)
 
@@ -274,23 +115,13 @@ async def measure_all(
     """Every transport, without a limit and with the one that was asked for."""
     frames: list[FrameFinding] = []
     loads: list[LoadFinding] = []
-    seconds = 5.0 * options.scale
     for transport in Transport:
-        await with_link(
-            bus,
-            transport,
-            LinkConfig(),
-            lambda near, link: frames.extend(measure_frames(near, link, options.scale)),
-        )
+        by_size = functools.partial(measure_frames, scale=options.scale)
+        frames += await with_link(bus, transport, LinkConfig(), by_size)
         for limit in (None, float(options.link_bandwidth)):
-            await with_link(
-                bus,
-                transport,
-                LinkConfig(bandwidth_bytes_per_second=limit),
-                lambda near, link, limit=limit: loads.append(  # type: ignore[misc]
-                    measure_load(near, link, limit, seconds)
-                ),
-            )
+            config = LinkConfig(bandwidth_bytes_per_second=limit)
+            load = functools.partial(measure_load, limit=limit, seconds=5.0 * options.scale)
+            loads.append(await with_link(bus, transport, config, load))
     return frames, loads
 
 
