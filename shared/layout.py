@@ -44,17 +44,28 @@ class Span(WireModel):
 
 
 class MemberPlan(WireModel):
-    """One stage of a group: a worker and the layers it shall serve."""
+    """One stage of a group: a worker and the layers it shall serve.
+
+    `incarnation` is the process that a pipeline was formed with: another one under the same name
+    knows nothing of it, so the group is broken. Empty in a replica, which anybody whole may be.
+    """
 
     worker_id: str
     span: Span
+    incarnation: str = ""
 
 
 class GroupPlan(WireModel):
-    """Workers that together hold one whole copy of the model; the first member is the leader."""
+    """Workers that together hold one whole copy of the model; the first member is the leader.
+
+    `epoch` is the epoch of the plan that first proposed a pipeline; it stays while the group stays,
+    although the plan's own epoch rises, so frames between members carry (group_id, this epoch). A
+    replica, which has no links, has 0.
+    """
 
     group_id: str
     members: tuple[MemberPlan, ...] = Field(min_length=1)
+    epoch: int = 0
 
     @property
     def leader(self) -> str:
@@ -87,8 +98,43 @@ class PlanPhase(StrEnum):
     COMMIT = "commit"
 
 
+class HoldKind(StrEnum):
+    """What the planner may not do by itself while an operator's order holds."""
+
+    NO_RESTORE = "no_restore"
+    NO_DROP = "no_drop"
+
+
+class Hold(WireModel):
+    """An operator's order that stays in force after it was carried out."""
+
+    kind: HoldKind
+    until: float | None = Field(default=None, description="wall clock; None: until the opposite")
+
+    def forbids(self, kind: HoldKind, now: float) -> bool:
+        """True while `kind` is out of the question; `now` is wall clock."""
+        return self.kind is kind and (self.until is None or now < self.until)
+
+
+class Change(WireModel):
+    """A transition that is under way: what it started from, and what it took so far.
+
+    `previous_groups` serve until COMMIT, and again when PREPARE fails.
+    """
+
+    cause: str
+    started_at: float
+    previous_groups: tuple[GroupPlan, ...]
+    previous_hold: Hold | None = None
+    phase_seconds: dict[str, float] = Field(default_factory=dict)
+
+
 class Plan(Message):
-    """The full desired layout. `(term, epoch)` is compared lexicographically and only rises."""
+    """The full desired layout. `(term, epoch)` is compared lexicographically and only rises.
+
+    Everything a new leader needs to go on with a transition is here: `change` is set from PREPARE
+    until the members are settled. Times are wall clock.
+    """
 
     term: int
     epoch: int
@@ -101,6 +147,10 @@ class Plan(Message):
     created_at: float
     deadline_at: float | None = None
     dry_run: bool = False
+    change: Change | None = None
+    hold: Hold | None = None
+    settled_at: float = Field(default=0.0, description="when the last transition ended")
+    not_before: float = Field(default=0.0, description="earliest next transition of its own accord")
 
     @model_validator(mode="after")
     def _check(self) -> Plan:
@@ -122,6 +172,13 @@ class Plan(Message):
         """The fencing token: a plan with a lower one is stale."""
         return (self.term, self.epoch)
 
+    @property
+    def serving_groups(self) -> tuple[GroupPlan, ...]:
+        """The groups that take requests now: while a transition is prepared, the previous ones."""
+        if self.phase is PlanPhase.PREPARE and self.change is not None:
+            return self.change.previous_groups
+        return self.groups
+
     def group_of(self, worker_id: str) -> GroupPlan | None:
         """The group that `worker_id` belongs to, or None."""
         for group in self.groups:
@@ -142,7 +199,18 @@ class Transition(WireModel):
     result: str = "applied"
 
 
+class DecisionNote(WireModel):
+    """The planner's latest news, for `GET /cluster`: what it does now, by which rule, and why."""
+
+    action: str
+    rule: str
+    detail: str = ""
+    figures: dict[str, float] = Field(default_factory=dict)
+    decided_at: float
+
+
 class TransitionLog(Message):
     """The last transitions, oldest first; kept in the plan bucket by the leading planner."""
 
     transitions: tuple[Transition, ...] = ()
+    decision: DecisionNote | None = None

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from shared.layout import Span
+from shared.layout import Plan, Span
 from shared.sampling import SamplingParams
 from shared.wire import Message, MessageError, WireModel, first_problem, unpack
 
@@ -219,6 +219,23 @@ class WorkerState(StrEnum):
     DRAINING = "draining"
 
 
+class ModelCosts(WireModel):
+    """What the layers of the model cost on one worker; seconds are of one decode step.
+
+    A whole replica may weigh less than the sum of its parts: with tied weights the LM head is the
+    embedding, and only a pipeline holds it twice.
+    """
+
+    layer_weight_bytes: int
+    embedding_weight_bytes: int
+    head_weight_bytes: int
+    whole_weight_bytes: int = Field(description="what a replica holds")
+    kv_layer_block_bytes: int = Field(description="one block of one layer")
+    layer_seconds: float = Field(default=0.0, description="0: not measured")
+    embedding_seconds: float = 0.0
+    head_seconds: float = Field(default=0.0, description="final norm, LM head and sampling")
+
+
 class WorkerInfo(Message):
     """What a worker is and holds; renewed as its lease in the members bucket."""
 
@@ -239,6 +256,7 @@ class WorkerInfo(Message):
     kv_bytes: int
     free_bytes: int
     layers: tuple[Span, ...] = Field(description="layers whose weights are resident")
+    costs: ModelCosts | None = Field(default=None, description="None: all layers alike, no ends")
     applied_epoch: int = 0
     started_at: float
 
@@ -273,10 +291,15 @@ class LeaderLease(Message):
 
 
 class AckState(StrEnum):
-    """What a worker did with a plan."""
+    """What a worker did with a plan.
+
+    Said again for every newer version that has the same groups, and FAILED for as long as the plan
+    names a group that the worker cannot serve any more.
+    """
 
     PREPARED = "prepared"
     APPLIED = "applied"
+    SETTLED = "settled"  # applied, and no request is left on the layout before
     REFUSED = "refused"
     FAILED = "failed"
 
@@ -295,17 +318,28 @@ class AdminAction(StrEnum):
     """What an operator may ask of the leading planner."""
 
     DRAIN = "drain"
+    DROP = "drop"
+    RESTORE = "restore"
 
 
 class AdminRequest(Message):
-    """An operator's wish, passed on by a router."""
+    """An operator's wish, passed on by a router. Without `workers` it means the whole cluster.
+
+    A drop holds until a restore, or for `hold_seconds`; a restore holds for `hold_seconds`.
+    """
 
     action: AdminAction
     workers: tuple[str, ...] = ()
+    dry_run: bool = False
+    hold_seconds: float | None = Field(default=None, ge=0.0)
 
 
 class AdminReply(Message):
-    """The leading planner's answer; `error` is empty where the wish is granted."""
+    """The leading planner's answer; `error` is empty where the wish is granted.
+
+    `plan` is what a drop or a restore leads to; with `dry_run` it is only shown.
+    """
 
     error: str = ""
     detail: str = ""
+    plan: Plan | None = None

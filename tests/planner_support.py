@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-from services.planner.decision import Inputs, decide
+from services.planner.decision import decide
+from services.planner.inputs import Inputs
+from services.planner.pressure import Pressure
 from services.planner.service import serve
 from services.planner.settings import PlannerSettings
 from shared.buckets import open_acks, open_members, open_plan
@@ -65,6 +67,20 @@ def plan_for(*ids: str, term: int = 1, epoch: int = 1) -> Plan:
     published = decide(Inputs(term=term, workers=workers(*ids))).plan
     assert published is not None
     return published.model_copy(update={"term": term, "epoch": epoch})
+
+
+def make_pressure(demand_blocks: int, capacity_blocks: int, **changes: Any) -> Pressure:
+    """A look at a cluster whose demand is steady."""
+    fields: dict[str, Any] = {
+        "demand_blocks": demand_blocks,
+        "capacity_blocks": capacity_blocks,
+        "whole_blocks": capacity_blocks,
+        "forecast_blocks": demand_blocks,
+        "peak_blocks": demand_blocks,
+        "trend_blocks_per_second": 0.0,
+        "num_short_groups": int(demand_blocks > capacity_blocks),
+    }
+    return Pressure(**fields | changes)
 
 
 class PaperWorker:

@@ -1,13 +1,14 @@
 """Operators' wishes, passed on by a router and answered by the leading planner.
 
 A drained worker shows so in its lease, and for that leaves the plan: a planner that takes the lead
-later knows of it too.
+later knows of it too. Drops and restores are decided in the planner's own turn, like everything
+that changes the plan.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 
@@ -25,6 +26,7 @@ class AdminDesk:
 
     Args:
         workers: the living workers by id.
+        change_layout: carries out a drop or a restore, within a time of its own.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class AdminDesk:
         bus: Bus,
         subjects: Subjects,
         workers: Callable[[], Mapping[str, WorkerInfo]],
+        change_layout: Callable[[AdminRequest], Awaitable[AdminReply]],
     ) -> None:
         self._bus = bus
         self._subjects = subjects
         self._workers = workers
+        self._change_layout = change_layout
         self._subscription: Subscription | None = None
         self._waiting: asyncio.Queue[BusMessage] = asyncio.Queue(MAX_WAITING)
         self._log = structlog.get_logger(component="admin")
@@ -79,6 +83,8 @@ class AdminDesk:
         match request.action:
             case AdminAction.DRAIN:
                 return await self._drain(request.workers)
+            case AdminAction.DROP | AdminAction.RESTORE:
+                return await self._change_layout(request)
 
     async def _drain(self, worker_ids: tuple[str, ...]) -> AdminReply:
         if not worker_ids:

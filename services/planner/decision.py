@@ -1,73 +1,34 @@
 """What the leading planner does next: keep, hold or publish. Pure.
 
 Every decision names the rule it follows and carries its inputs, for the log and for metrics.
+
+    a transition under way?  -- yes -->  next phase, fall back, break up, or wait
+        no: workers changed? store behind?  -->  the same layout, or with the workers there are
+        no: an operator's wish?  -->  `orders`
+        no: load                 -->  `steering`
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
 
-from services.planner.layout_policy import Layout, WorkerVerdict, describe_change, stable_layout
-from shared.layout import LayoutState, Plan
-from shared.messages import WorkerInfo
-
-
-class Action(StrEnum):
-    """What to do with the plan."""
-
-    KEEP = "keep"
-    HOLD = "hold"
-    PUBLISH = "publish"
-
-
-class Rule(StrEnum):
-    """Why."""
-
-    UNCHANGED = "unchanged"
-    NO_WORKER_YET = "no_worker_yet"
-    MEMBERSHIP_UNCERTAIN = "membership_uncertain"
-    FIRST_PLAN = "first_plan"
-    WORKERS_CHANGED = "workers_changed"
-    NEW_TERM = "new_term"
-    STORE_LOST = "store_lost"
-    BEHIND_WORKERS = "behind_workers"
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """All that a decision depends on.
-
-    Attributes:
-        stored: the plan in the store now; None where there is none (any more).
-        remembered: the newest plan this planner has seen or written.
-        applied: the highest term and the highest epoch that any worker says it applied.
-        membership_held: absence of a worker proves nothing at the moment.
-        stale_loads: serving workers whose load is not known; the layout is never changed for
-            their sake.
-        now: wall clock, seconds.
-    """
-
-    term: int
-    workers: Mapping[str, WorkerInfo]
-    stored: Plan | None = None
-    remembered: Plan | None = None
-    applied: tuple[int, int] = (0, 0)
-    membership_held: bool = False
-    stale_loads: frozenset[str] = frozenset()
-    now: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """One decision; `plan` is what to write where the action is PUBLISH."""
-
-    action: Action
-    rule: Rule
-    plan: Plan | None = None
-    layout_changed: bool = False
-    verdicts: Mapping[str, WorkerVerdict] = field(default_factory=dict)
+from services.planner.drafts import (
+    draft,
+    draft_layout,
+    failed_groups,
+    first_draft,
+    layout_now,
+    redraft,
+    why_rewrite,
+)
+from services.planner.inputs import Inputs
+from services.planner.layout_policy import WorkerVerdict, describe_change, settled_layout
+from services.planner.orders import OrderError, carry_out
+from services.planner.rules import Action, Decision, Restraint, Rule, Target
+from services.planner.steering import steer
+from services.planner.underway import Underway
+from shared.layout import Change, Plan, PlanPhase
+from shared.messages import AdminReply, AdminRequest
 
 
 def decide(inputs: Inputs) -> Decision:
@@ -76,65 +37,97 @@ def decide(inputs: Inputs) -> Decision:
     The result's version is above everything known: the stored plan, the remembered one and what
     workers applied, so that it is taken by all even after the store was lost.
     """
-    previous = _newest(inputs.stored, inputs.remembered)
-    layout = stable_layout(inputs.workers, previous)
-    if layout is None:
-        return Decision(Action.HOLD, Rule.NO_WORKER_YET)
+    previous = inputs.previous
     if previous is None:
-        if inputs.membership_held:
-            return Decision(Action.HOLD, Rule.MEMBERSHIP_UNCERTAIN, verdicts=layout.verdicts)
-        if not layout.groups:
-            return Decision(Action.HOLD, Rule.NO_WORKER_YET, verdicts=layout.verdicts)
-        return _publish(inputs, Rule.FIRST_PLAN, layout, None, layout_changed=True)
-
-    changed = layout.groups != previous.groups or layout.model_id != previous.model_id
-    if changed and not inputs.membership_held:
-        return _publish(inputs, Rule.WORKERS_CHANGED, layout, previous, layout_changed=True)
-    if (rewrite := _why_rewrite(inputs, previous)) is not None:
-        same = Layout(previous.model_id, previous.num_layers, previous.groups, layout.verdicts)
-        return _publish(inputs, rewrite, same, previous, layout_changed=False)
-    if changed:
-        return Decision(Action.HOLD, Rule.MEMBERSHIP_UNCERTAIN, verdicts=layout.verdicts)
-    return Decision(Action.KEEP, Rule.UNCHANGED, verdicts=layout.verdicts)
+        return _first(inputs)
+    if previous.change is None:
+        return _at_rest(inputs, previous)
+    return Underway(inputs, previous, previous.change).decide()
 
 
-def _why_rewrite(inputs: Inputs, previous: Plan) -> Rule | None:
-    """Why the same layout must be written again, if so."""
-    if inputs.stored is None or inputs.stored.version < previous.version:
-        return Rule.STORE_LOST
-    if inputs.stored.version < inputs.applied:
-        return Rule.BEHIND_WORKERS
-    if inputs.stored.term < inputs.term:
-        return Rule.NEW_TERM
-    return None
+# --- at rest --------------------------------------------------------------------------------------
 
 
-def _publish(
-    inputs: Inputs, rule: Rule, layout: Layout, previous: Plan | None, *, layout_changed: bool
-) -> Decision:
-    applied_term, applied_epoch = inputs.applied
-    term = max(inputs.term, applied_term)
-    epoch = applied_epoch
-    if previous is not None:
-        term, epoch = max(term, previous.term), max(epoch, previous.epoch)
-    # The same layout keeps its epoch where a higher term already makes it the newest.
-    is_newest = previous is not None and epoch == previous.epoch and term > previous.term
-    if layout_changed or not is_newest or term <= applied_term:
-        epoch += 1
-    reason = describe_change(previous, layout) if layout_changed else rule.value
-    plan = Plan(
-        term=term,
-        epoch=epoch,
-        state=LayoutState.STABLE,
-        model_id=layout.model_id,
-        num_layers=layout.num_layers,
+def _first(inputs: Inputs) -> Decision:
+    layout = settled_layout(inputs.workers, None)
+    reply = AdminReply(error="there is no plan yet") if inputs.wish else None
+    if layout is None:
+        return Decision(Action.HOLD, Rule.NO_WORKER_YET, reply=reply)
+    if inputs.membership_held or not layout.groups:
+        rule = Rule.MEMBERSHIP_UNCERTAIN if inputs.membership_held else Rule.NO_WORKER_YET
+        return Decision(Action.HOLD, rule, verdicts=layout.verdicts, reply=reply)
+    plan = first_draft(
+        inputs,
+        layout.model_id,
+        layout.num_layers,
         groups=layout.groups,
-        reason=reason,
-        created_at=inputs.now,
+        reason=describe_change(None, layout),
     )
-    return Decision(Action.PUBLISH, rule, plan, layout_changed, layout.verdicts)
+    return Decision(
+        Action.PUBLISH, Rule.FIRST_PLAN, plan, True, layout.verdicts, plan.reason, reply=reply
+    )
 
 
-def _newest(stored: Plan | None, remembered: Plan | None) -> Plan | None:
-    known = [plan for plan in (stored, remembered) if plan is not None]
-    return max(known, key=lambda plan: plan.version, default=None)
+def _at_rest(inputs: Inputs, previous: Plan) -> Decision:
+    layout = layout_now(inputs, previous, previous.groups, failed_groups(inputs, previous.groups))
+    changed = layout.groups != previous.groups or layout.model_id != previous.model_id
+    verdicts = layout.verdicts
+    if changed and not inputs.membership_held:
+        plan = draft_layout(inputs, previous, layout)
+        return Decision(Action.PUBLISH, Rule.WORKERS_CHANGED, plan, True, verdicts, plan.reason)
+    if (rewrite := why_rewrite(inputs, previous)) is not None:
+        return Decision(Action.PUBLISH, rewrite, redraft(inputs, previous), verdicts=verdicts)
+    if changed:
+        unsure = AdminReply(error="it is not certain which workers live: try again in a moment")
+        reply = unsure if inputs.wish else None
+        return Decision(Action.HOLD, Rule.MEMBERSHIP_UNCERTAIN, verdicts=verdicts, reply=reply)
+    if inputs.wish is not None:
+        return _grant(inputs.wish, inputs, previous, verdicts)
+    match steer(inputs, previous):
+        case Target() as target:
+            plan = _prepare(inputs, previous, target)
+            return Decision(
+                Action.PUBLISH, target.rule, plan, verdicts=verdicts, detail=target.cause
+            )
+        case Restraint(rule, detail):
+            return Decision(Action.HOLD, rule, verdicts=verdicts, detail=detail)
+        case None:
+            return Decision(Action.KEEP, Rule.UNCHANGED, verdicts=verdicts)
+
+
+def _grant(
+    wish: AdminRequest,
+    inputs: Inputs,
+    previous: Plan,
+    verdicts: Mapping[str, WorkerVerdict],
+) -> Decision:
+    try:
+        target = carry_out(wish, inputs, previous)
+    except OrderError as error:
+        reply = AdminReply(error=str(error))
+        return Decision(Action.KEEP, Rule.ORDERED, None, False, verdicts, str(error), reply=reply)
+    plan = _prepare(inputs, previous, target).model_copy(update={"dry_run": wish.dry_run})
+    reply = AdminReply(detail=target.cause, plan=plan)
+    if wish.dry_run:
+        detail = f"only shown: {target.cause}"
+        return Decision(Action.KEEP, Rule.ORDERED, None, False, verdicts, detail, reply=reply)
+    return Decision(Action.PUBLISH, Rule.ORDERED, plan, False, verdicts, target.cause, reply=reply)
+
+
+def _prepare(inputs: Inputs, previous: Plan, target: Target) -> Plan:
+    return draft(
+        inputs,
+        previous,
+        state=target.state,
+        phase=PlanPhase.PREPARE,
+        groups=target.groups,
+        reason=target.cause,
+        deadline_at=inputs.timing.prepare_deadline(target.state, inputs.now),
+        change=Change(
+            cause=target.cause,
+            started_at=inputs.now,
+            previous_groups=previous.groups,
+            previous_hold=previous.hold,
+        ),
+        hold=target.hold,
+    )

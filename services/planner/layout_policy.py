@@ -1,17 +1,17 @@
-"""Which workers serve, and in which groups. Pure.
+"""Which workers serve, and in which groups, as long as nobody drops or restores. Pure.
 
-In the stable layout every worker that holds the whole model, is ready and is not draining is a
-group of its own: an ordinary replica.
+Every worker that holds the whole model, is ready and is not draining is a group of its own: an
+ordinary replica. A pipeline stays as it is while all its members live.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from shared.layout import GroupPlan, MemberPlan, Plan, Span
+from shared.layout import GroupPlan, LayoutState, MemberPlan, Plan, Span
 from shared.messages import WorkerInfo, WorkerState
 
 
@@ -40,12 +40,37 @@ def group_id_of(worker_id: str) -> str:
     return f"g-{worker_id}"
 
 
-def stable_layout(workers: Mapping[str, WorkerInfo], previous: Plan | None) -> Layout | None:
-    """The layout in which each worker is a whole replica.
+def replica(worker_id: str, num_layers: int) -> GroupPlan:
+    """The group that `worker_id` forms alone."""
+    return GroupPlan(
+        group_id=group_id_of(worker_id),
+        members=(MemberPlan(worker_id=worker_id, span=Span(start=0, end=num_layers)),),
+    )
+
+
+def resting_state(groups: Iterable[GroupPlan]) -> LayoutState:
+    """The state of a layout in which nothing is under way."""
+    if any(len(group.members) > 1 for group in groups):
+        return LayoutState.DROPPED
+    return LayoutState.STABLE
+
+
+def settled_layout(
+    workers: Mapping[str, WorkerInfo],
+    previous: Plan | None,
+    groups: Iterable[GroupPlan] = (),
+    broken: Collection[str] = (),
+    *,
+    absence_counts: bool = True,
+) -> Layout | None:
+    """The layout that these workers make without a transition.
 
     Args:
         workers: living workers by id.
         previous: the layout now, whose model is kept while any worker has it.
+        groups: the groups in force; those that still can serve stay.
+        broken: ids of groups that cannot, although their members live.
+        absence_counts: False where a worker that is not there may live all the same.
 
     Returns:
         None where nothing is known of any model: no worker, and no previous plan.
@@ -53,17 +78,25 @@ def stable_layout(workers: Mapping[str, WorkerInfo], previous: Plan | None) -> L
     model = _choose_model(workers, previous)
     if model is None:
         return None
-    verdicts = {worker_id: _judge(info, model) for worker_id, info in workers.items()}
-    whole = Span(start=0, end=model[1])
-    groups = tuple(
-        GroupPlan(
-            group_id=group_id_of(worker_id),
-            members=(MemberPlan(worker_id=worker_id, span=whole),),
-        )
-        for worker_id in sorted(verdicts)
-        if verdicts[worker_id] is WorkerVerdict.SERVES
-    )
-    return Layout(model[0], model[1], groups, verdicts)
+    kept = [
+        group
+        for group in groups
+        if group.group_id not in broken
+        and group.tiles(model[1])
+        and _can_serve(group, workers, model, absence_counts=absence_counts)
+    ]
+    placed = {member.worker_id for group in kept for member in group.members}
+    verdicts = {
+        worker_id: _judge(info, model, is_placed=worker_id in placed)
+        for worker_id, info in workers.items()
+    }
+    kept += [
+        replica(worker_id, model[1])
+        for worker_id, verdict in verdicts.items()
+        if verdict is WorkerVerdict.SERVES and worker_id not in placed
+    ]
+    kept.sort(key=lambda group: group.leader)
+    return Layout(model[0], model[1], tuple(kept), verdicts)
 
 
 def holds_all_layers(info: WorkerInfo) -> bool:
@@ -101,13 +134,40 @@ def _choose_model(
     return min(models, key=lambda model: (-models[model], model), default=None)
 
 
-def _judge(info: WorkerInfo, model: tuple[str, int]) -> WorkerVerdict:
+def _can_serve(
+    group: GroupPlan,
+    workers: Mapping[str, WorkerInfo],
+    model: tuple[str, int],
+    *,
+    absence_counts: bool,
+) -> bool:
+    """Whether all members live. What they hold is not asked: a lease says it a little late, and a
+    worker that lost its layers is another process or says that it failed.
+
+    A member of a pipeline that drains stays until its group is restored.
+    """
+    is_pipeline = len(group.members) > 1
+    fit = (WorkerState.READY, WorkerState.DRAINING) if is_pipeline else (WorkerState.READY,)
+    for member in group.members:
+        info = workers.get(member.worker_id)
+        if info is None:
+            if absence_counts:
+                return False
+            continue
+        if info.state not in fit or (info.model_id, info.num_layers) != model:
+            return False
+        if member.incarnation not in ("", info.incarnation):
+            return False
+    return True
+
+
+def _judge(info: WorkerInfo, model: tuple[str, int], *, is_placed: bool) -> WorkerVerdict:
     if (info.model_id, info.num_layers) != model:
         return WorkerVerdict.OTHER_MODEL
     if info.state is WorkerState.DRAINING:
         return WorkerVerdict.DRAINING
     if info.state is WorkerState.STARTING:
         return WorkerVerdict.STARTING
-    if not holds_all_layers(info):
+    if not is_placed and not holds_all_layers(info):
         return WorkerVerdict.PARTIAL
     return WorkerVerdict.SERVES

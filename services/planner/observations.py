@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from shared.layout import Plan, Transition
+from services.planner.pressure import GroupLoad
+from services.planner.rules import APPLIED
+from shared.layout import GroupPlan, Plan, Transition
 from shared.messages import AckState, LoadReport, PlanAck
 
-#: Result of a transition that every member applied.
-APPLIED = "applied"
+#: What a worker says that did as it was told.
+_DONE = frozenset({AckState.APPLIED, AckState.SETTLED})
 
 
 class LoadBoard:
@@ -32,14 +34,22 @@ class LoadBoard:
         """The highest epoch that any report carries."""
         return max((report.epoch for report, _ in self._reports.values()), default=0)
 
-    def stale(self, worker_ids: Iterable[str], now: float) -> frozenset[str]:
-        """Those of `worker_ids` whose load is not known now."""
+    def group_loads(
+        self, groups: Iterable[GroupPlan], now: float
+    ) -> tuple[dict[str, GroupLoad], frozenset[str]]:
+        """The loads of `groups` by id, and the leaders without a fresh report about their group."""
         oldest = now - self._stale_seconds
-        return frozenset(
-            worker_id
-            for worker_id in worker_ids
-            if worker_id not in self._reports or self._reports[worker_id][1] < oldest
-        )
+        loads: dict[str, GroupLoad] = {}
+        unknown: set[str] = set()
+        for group in groups:
+            report, received_at = self._reports.get(group.leader, (None, 0.0))
+            if report is None or received_at < oldest or report.group_id != group.group_id:
+                unknown.add(group.leader)
+                continue
+            loads[group.group_id] = GroupLoad(
+                report.kv_blocks_total, report.kv_blocks_used, report.waiting_blocks
+            )
+        return loads, frozenset(unknown)
 
 
 @dataclass(slots=True)
@@ -71,17 +81,36 @@ class AckBoard:
     def __init__(self, timeout_seconds: float) -> None:
         self._timeout_seconds = timeout_seconds
         self._acks: dict[str, PlanAck] = {}
+        self._applied_at: dict[str, float] = {}
         self._pending: _Pending | None = None
 
-    def record(self, ack: PlanAck) -> None:
+    def record(self, ack: PlanAck, wall_now: float = 0.0) -> None:
         """Note an acknowledgement; older ones of the same worker are replaced."""
         before = self._acks.get(ack.worker_id)
-        if before is None or (ack.term, ack.epoch) >= (before.term, before.epoch):
-            self._acks[ack.worker_id] = ack
+        version = (ack.term, ack.epoch)
+        if before is not None and version < (before.term, before.epoch):
+            return
+        is_known = (
+            before is not None and (before.term, before.epoch) == version and before.state in _DONE
+        )
+        if ack.state in _DONE and not is_known:
+            self._applied_at[ack.worker_id] = wall_now
+        self._acks[ack.worker_id] = ack
 
     def forget(self, worker_id: str) -> None:
         """The worker's acknowledgement was removed."""
         self._acks.pop(worker_id, None)
+        self._applied_at.pop(worker_id, None)
+
+    @property
+    def latest(self) -> Mapping[str, PlanAck]:
+        """The latest acknowledgement of each worker."""
+        return self._acks
+
+    @property
+    def applied_at(self) -> Mapping[str, float]:
+        """Wall clock at which each worker was first heard to have applied what it last applied."""
+        return self._applied_at
 
     @property
     def worker_ids(self) -> frozenset[str]:
@@ -90,8 +119,9 @@ class AckBoard:
 
     @property
     def applied(self) -> tuple[int, int]:
-        """The highest term and the highest epoch that any worker applied."""
-        applied = [ack for ack in self._acks.values() if ack.state is AckState.APPLIED]
+        """The highest term and the highest epoch that any worker prepared or applied."""
+        good = _DONE | {AckState.PREPARED}
+        applied = [ack for ack in self._acks.values() if ack.state in good]
         return (
             max((ack.term for ack in applied), default=0),
             max((ack.epoch for ack in applied), default=0),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import structlog
 
 from shared.bus.base import KeyValue
-from shared.layout import Plan, Transition, TransitionLog
+from shared.layout import DecisionNote, Plan, Transition, TransitionLog
 from shared.subjects import PLAN_KEY, TRANSITIONS_KEY
 from shared.wire import MessageError
 
@@ -49,16 +49,25 @@ class PlanStore:
             return await self._bucket.create(PLAN_KEY, plan.encode())
         return await self._bucket.update(PLAN_KEY, plan.encode(), revision)
 
-    async def append(self, transition: Transition) -> None:
-        """Add one to the log of transitions; raises RevisionConflictError like `write`."""
+    async def record(self, transition: Transition | None, note: DecisionNote | None) -> None:
+        """Add to the log of transitions; raises RevisionConflictError like `write`.
+
+        Args:
+            transition: one that ended.
+            note: the latest decision; None leaves the one that is there.
+        """
         entry = await self._bucket.get(TRANSITIONS_KEY)
-        past: tuple[Transition, ...] = ()
+        log = TransitionLog()
         if entry is not None:
             try:
-                past = TransitionLog.decode(entry.value or b"").transitions
+                log = TransitionLog.decode(entry.value or b"")
             except MessageError as error:
                 self._log.error("transitions.unreadable", error=str(error))
-        value = TransitionLog(transitions=(*past, transition)[-MAX_TRANSITIONS:]).encode()
+        ended = (transition,) if transition is not None else ()
+        value = TransitionLog(
+            transitions=(*log.transitions, *ended)[-MAX_TRANSITIONS:],
+            decision=note or log.decision,
+        ).encode()
         if entry is None:
             await self._bucket.create(TRANSITIONS_KEY, value)
         else:

@@ -6,6 +6,7 @@ All effects happen in `Planner.step`, one at a time; handlers only note what the
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from contextlib import aclosing
@@ -15,19 +16,27 @@ from typing import Any
 import structlog
 
 from services.planner.admin import AdminDesk
-from services.planner.decision import Decision, Inputs, decide
+from services.planner.candidates import total_whole_blocks
+from services.planner.decision import decide
+from services.planner.inputs import Inputs
 from services.planner.leader import LeaderElection, Role
 from services.planner.observations import AckBoard, LoadBoard
 from services.planner.plan_store import PlanStore
-from services.planner.settings import PlannerSettings
+from services.planner.pressure import Pressure, PressureMonitor, Thresholds
+from services.planner.rules import Decision
+from services.planner.settings import PlannerSettings, Policy
 from services.planner.telemetry import Telemetry
+from services.planner.wishes import Wishes
 from shared.bus.base import Bus, BusError, BusMessage, KeyValue, RevisionConflictError
 from shared.layout import Plan, Transition
 from shared.lifecycle import BackgroundTasks
 from shared.membership import RENEWALS_PER_TTL, MemberEvent, MemberEventKind, MemberView
-from shared.messages import LoadReport, PlanAck, WorkerInfo
+from shared.messages import AdminReply, LoadReport, PlanAck, WorkerInfo
 from shared.subjects import Subjects
 from shared.wire import MessageError
+
+#: How often the leader looks at the load, unless something wakes it earlier.
+LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +75,17 @@ class Planner:
         self._view = MemberView(bus, buckets.members, ttl, clock)
         self._view.subscribe(self._on_member)
         self._election = LeaderElection(buckets.leader, settings.planner_id, ttl, clock)
-        self._desk = AdminDesk(bus, self._subjects, lambda: self._view.workers)
+        self._wake = asyncio.Event()
+        self._wishes = Wishes(self._wake.set)
+        self._desk = AdminDesk(bus, self._subjects, lambda: self._view.workers, self._wishes.ask)
+        self._thresholds = Thresholds(dwell_seconds=settings.min_dwell_seconds)
+        self._timing = settings.timing
+        self._monitor = PressureMonitor(self._thresholds)
+        self._pressure: Pressure | None = None
         self._acks = AckBoard(settings.ack_timeout_seconds)
         self._loads = LoadBoard(settings.load_stale_seconds)
         self._remembered: Plan | None = None
         self._trouble = ""
-        self._wake = asyncio.Event()
         self._log = structlog.get_logger(component="planner", planner=settings.planner_id)
         bus.on_reconnect(self._on_reconnect)
 
@@ -79,6 +93,11 @@ class Planner:
     def role(self) -> Role:
         """Whether it leads."""
         return self._election.role
+
+    @property
+    def _look_seconds(self) -> float:
+        """Longest time between two looks at the load; a standby does not look."""
+        return LOOK_SECONDS if self.role is Role.LEADING else math.inf
 
     async def start(self, tasks: BackgroundTasks) -> None:
         """Begin to listen and to decide, in tasks owned by `tasks`."""
@@ -116,7 +135,7 @@ class Planner:
                 if entry.value is None:
                     continue
                 try:
-                    self._acks.record(PlanAck.decode(entry.value))
+                    self._acks.record(PlanAck.decode(entry.value), time.time())
                 except MessageError as error:
                     self._log.warning("planner.unreadable_ack", key=entry.key, error=str(error))
                 self._wake.set()
@@ -134,7 +153,8 @@ class Planner:
                 elect_at = self._clock() + pause
             await self.step(renew=is_due)
             try:
-                async with asyncio.timeout(max(0.0, elect_at - self._clock())):
+                pause_now = min(elect_at - self._clock(), self._look_seconds)
+                async with asyncio.timeout(max(0.0, pause_now)):
                     await self._wake.wait()
             except TimeoutError:
                 continue
@@ -172,47 +192,64 @@ class Planner:
             return
         inputs = self._inputs(stored.plan)
         decision = decide(inputs)
-        self._telemetry.decided(inputs, decision)
+        note = self._telemetry.decided(inputs, decision)
+        reply = decision.reply
         if decision.plan is not None:
-            await self._publish(decision, decision.plan, stored.revision)
+            if not await self._publish(decision, decision.plan, stored.revision):
+                reply = AdminReply(error="another planner took over: ask again")
         else:
             self._remember(stored.plan)
+        if inputs.wish is not None and reply is not None:
+            self._wishes.answer_first(reply)
+        if note is not None or decision.finished is not None:
+            await self._store.record(decision.finished, note)
         await self._settle()
 
     def _inputs(self, stored: Plan | None) -> Inputs:
         workers = self._view.workers
-        serving = (
-            [member.worker_id for group in stored.groups for member in group.members]
-            if (stored)
-            else []
-        )
         applied_term, applied_epoch = self._acks.applied
         epochs = [info.applied_epoch for info in workers.values()]
+        groups = stored.serving_groups if stored is not None else ()
+        loads, unknown = self._loads.group_loads(groups, self._clock())
+        whole_blocks = total_whole_blocks(groups, workers)
+        self._pressure = self._monitor.observe(loads, whole_blocks, unknown, self._clock())
         return Inputs(
             term=self._election.term,
             workers=workers,
             stored=stored,
             remembered=self._remembered,
             applied=(applied_term, max([applied_epoch, self._loads.newest_epoch, *epochs])),
+            acks=self._acks.latest,
+            applied_at=self._acks.applied_at,
             membership_held=self._view.is_held,
-            stale_loads=self._loads.stale(serving, self._clock()),
+            pressure=self._pressure,
+            loads=loads,
+            wish=self._wishes.first,
+            may_drop=self._settings.policy is Policy.DROP,
+            thresholds=self._thresholds,
+            timing=self._timing,
             now=time.time(),
         )
 
-    async def _publish(self, decision: Decision, plan: Plan, revision: int) -> None:
+    async def _publish(self, decision: Decision, plan: Plan, revision: int) -> bool:
+        """Write the plan; False where this planner does not lead any more."""
         if self.role is not Role.LEADING:
-            return
+            return False
         try:
             await self._store.write(plan, revision)
         except RevisionConflictError:
             self._election.step_down("another planner wrote the plan")
-            return
+            return False
         self._election.raise_term(plan.term)
         self._remember(plan)
+        self._wake.set()  # the next phase may have its answers already
+        if decision.finished is not None:
+            self._telemetry.settled(decision.finished)
         if decision.layout_changed:
             superseded = self._acks.expect(plan, self._clock())
             if superseded is not None:
                 await self._finish(superseded)
+        return True
 
     async def _settle(self) -> None:
         """Log the transition that is finished, and drop what nobody needs any more."""
@@ -228,8 +265,8 @@ class Planner:
             self._acks.forget(worker_id)
 
     async def _finish(self, transition: Transition) -> None:
-        self._telemetry.settled(transition, sum(transition.phase_seconds.values()))
-        await self._store.append(transition)
+        self._telemetry.settled(transition)
+        await self._store.record(transition, None)
 
     def _remember(self, plan: Plan | None) -> None:
         if plan is not None and (
@@ -250,7 +287,7 @@ class Planner:
 
     def state(self) -> dict[str, Any]:
         """What the planner believes, for /debug/state."""
-        plan = self._remembered
+        plan, pressure = self._remembered, self._pressure
         return {
             "planner_id": self._settings.planner_id,
             "role": self.role.value,
@@ -261,6 +298,8 @@ class Planner:
             },
             "routers": sorted(self._view.routers),
             "planners": sorted(self._view.planners),
-            "stale_loads": sorted(self._loads.stale(self._view.workers, self._clock())),
+            "policy": self._settings.policy.value,
+            "pressure": pressure.figures() if pressure else None,
+            "stale_loads": sorted(pressure.unknown) if pressure else [],
             "plan": plan.model_dump(mode="json") if plan else None,
         }

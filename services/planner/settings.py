@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import secrets
+from enum import StrEnum
 from pathlib import Path
 
 from pydantic import Field, field_validator
 
+from services.planner.inputs import Timing
 from shared.logging import LogFormat
 from shared.settings import Settings
 from shared.subjects import validate_name
+
+
+class Policy(StrEnum):
+    """What happens when KV memory runs short."""
+
+    DROP = "drop"
+    NONE = "none"
 
 
 def default_planner_id() -> str:
@@ -33,8 +42,20 @@ class PlannerSettings(Settings):
     load_stale_seconds: float = Field(
         default=2.0, gt=0.0, description="a load report older than this says nothing"
     )
+    policy: Policy = Field(
+        default=Policy.NONE, description="drop: free copies of layers under pressure; none: do not"
+    )
+    min_dwell_seconds: float = Field(
+        default=10.0, ge=0.0, description="shortest time between two transitions"
+    )
     ack_timeout_seconds: float = Field(
-        default=10.0, gt=0.0, description="time workers have to apply a plan"
+        default=10.0, gt=0.0, description="time workers have to prepare a drop, to apply a plan"
+    )
+    restore_timeout_seconds: float = Field(
+        default=120.0, gt=0.0, description="time workers have to load layers again"
+    )
+    settle_timeout_seconds: float = Field(
+        default=120.0, gt=0.0, description="time the exchange of KV may take"
     )
     admin_host: str = Field(default="127.0.0.1", description="address of /live, /ready, /metrics")
     admin_port: int | None = Field(
@@ -45,6 +66,16 @@ class PlannerSettings(Settings):
     )
     log_format: LogFormat = Field(default=LogFormat.TEXT, description="text or json")
     log_level: str = Field(default="info", description="debug, info, warning or error")
+
+    @property
+    def timing(self) -> Timing:
+        """The deadlines of a transition."""
+        return Timing(
+            prepare_seconds=self.ack_timeout_seconds,
+            restore_seconds=self.restore_timeout_seconds,
+            commit_seconds=self.ack_timeout_seconds,
+            settle_seconds=self.settle_timeout_seconds,
+        )
 
     @field_validator("planner_id")
     @classmethod

@@ -298,6 +298,12 @@ async def test_admin_endpoints(
     await eventually(plan_is(bus, unique, "a"))
     url = f"http://127.0.0.1:{unused_tcp_port}"
     async with aiohttp.ClientSession() as session:
+
+        async def misses_a_load() -> bool:
+            async with session.get(url + "/debug/state") as response:
+                return bool((await response.json())["stale_loads"] == ["a"])
+
+        await eventually(misses_a_load)
         for path in ("/live", "/ready"):
             async with session.get(url + path) as response:
                 assert response.status == 200
@@ -305,7 +311,7 @@ async def test_admin_endpoints(
             state = await response.json()
             assert state["role"] == "leading"
             assert state["plan"]["groups"][0]["group_id"] == "g-a"
-            assert state["stale_loads"] == ["a"]
+            assert state["policy"] == "none"
         async with session.get(url + "/metrics") as response:
             text = await response.text()
     assert "kunserve_planner_is_leader 1.0" in text

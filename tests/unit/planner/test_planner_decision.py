@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.planner.decision import Action, Decision, Inputs, Rule, decide
+from services.planner.decision import decide
+from services.planner.inputs import Inputs
+from services.planner.rules import Action, Decision, Rule
 from shared.layout import LayoutState, Plan
 from shared.messages import WorkerState
-from tests.planner_support import NUM_LAYERS, plan_for, worker_info, workers
+from tests.planner_support import NUM_LAYERS, make_pressure, plan_for, worker_info, workers
 
 
 def published(decision: Decision) -> Plan:
@@ -100,12 +102,13 @@ def test_a_stored_plan_behind_the_workers_is_written_again() -> None:
     assert published(decision).version > (57, 9)
 
 
-def test_unknown_loads_never_change_the_layout() -> None:
+def test_an_unknown_load_holds_what_would_drop() -> None:
     stored = plan_for("a", "b")
-    decision = decide(
-        Inputs(1, workers("a", "b"), stored, stored, stale_loads=frozenset({"a", "b"}))
-    )
-    assert decision.action is Action.KEEP
+    pressure = make_pressure(200, 100, unknown=frozenset("b"))
+    decision = decide(Inputs(1, workers("a", "b"), stored, pressure=pressure, may_drop=True))
+    assert (decision.action, decision.rule) == (Action.HOLD, Rule.LOADS_UNKNOWN)
+    assert "b" in decision.detail
+    assert decide(Inputs(1, workers("a", "b"), stored, pressure=pressure)).action is Action.KEEP
 
 
 @dataclass

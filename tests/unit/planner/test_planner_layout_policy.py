@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.planner.layout_policy import WorkerVerdict, holds_all_layers, stable_layout
+from services.planner.layout_policy import WorkerVerdict, holds_all_layers, settled_layout
 from shared.layout import LayoutState, Plan, Span
 from shared.messages import WorkerInfo, WorkerState
 from tests.planner_support import NUM_LAYERS, worker_info
@@ -34,7 +34,7 @@ def worker_sets(draw: st.DrawFn) -> dict[str, WorkerInfo]:
 def test_every_layer_has_a_living_owner_in_every_group(
     workers: dict[str, WorkerInfo],
 ) -> None:
-    layout = stable_layout(workers, None)
+    layout = settled_layout(workers, None)
     if layout is None:
         assert not workers
         return
@@ -53,7 +53,7 @@ def test_every_layer_has_a_living_owner_in_every_group(
 def test_every_worker_gets_one_verdict_and_those_who_serve_one_group(
     workers: dict[str, WorkerInfo],
 ) -> None:
-    layout = stable_layout(workers, None)
+    layout = settled_layout(workers, None)
     if layout is None:
         return
     assert layout.verdicts.keys() == workers.keys()
@@ -63,8 +63,8 @@ def test_every_worker_gets_one_verdict_and_those_who_serve_one_group(
 
 
 def test_the_group_of_a_worker_keeps_its_id_when_others_come_and_go() -> None:
-    alone = stable_layout({"b": worker_info("b")}, None)
-    among = stable_layout({w: worker_info(w) for w in "abc"}, None)
+    alone = settled_layout({"b": worker_info("b")}, None)
+    among = settled_layout({w: worker_info(w) for w in "abc"}, None)
     assert alone is not None
     assert among is not None
     assert alone.groups[0] in among.groups
@@ -98,11 +98,11 @@ def test_the_model_is_kept_while_a_worker_has_it() -> None:
         created_at=0.0,
     )
     workers = {info.worker_id: info for info in [old, *new]}
-    both = stable_layout(workers, previous)
+    both = settled_layout(workers, previous)
     assert both is not None
     assert both.model_id == "old"
     assert both.verdicts["b"] is WorkerVerdict.OTHER_MODEL
     del workers["a"]
-    replaced = stable_layout(workers, previous)
+    replaced = settled_layout(workers, previous)
     assert replaced is not None
     assert replaced.model_id == "new"

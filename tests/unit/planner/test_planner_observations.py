@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from services.planner.observations import AckBoard, LoadBoard
+from services.planner.pressure import GroupLoad
 from shared.messages import AckState, LoadReport, PlanAck
 from tests.planner_support import plan_for
 
@@ -33,13 +34,20 @@ def load(worker_id: str, epoch: int = 1) -> LoadReport:
 
 def test_a_load_is_stale_until_reported_and_again_after_a_while() -> None:
     board = LoadBoard(stale_seconds=2.0)
-    assert board.stale(["a"], now=0.0) == {"a"}
+    groups = plan_for("a", "b").groups
+    assert board.group_loads(groups, now=0.0) == ({}, {"a", "b"})
     board.record(load("a", epoch=7), now=10.0)
-    assert board.stale(["a", "b"], now=12.0) == {"b"}
-    assert board.stale(["a", "b"], now=12.1) == {"a", "b"}
+    assert board.group_loads(groups, now=12.0) == ({"g-a": GroupLoad(10, 0, 0)}, {"b"})
+    assert board.group_loads(groups, now=12.1) == ({}, {"a", "b"})
     assert board.newest_epoch == 7
     board.forget("a")
-    assert board.stale(["a"], now=10.0) == {"a"}
+    assert board.group_loads(groups, now=10.0) == ({}, {"a", "b"})
+
+
+def test_a_report_about_another_group_says_nothing() -> None:
+    board = LoadBoard(stale_seconds=2.0)
+    board.record(load("a").model_copy(update={"group_id": "p7-a"}), now=10.0)
+    assert board.group_loads(plan_for("a").groups, now=10.0) == ({}, {"a"})
 
 
 def test_a_transition_is_applied_when_every_member_answered() -> None:
@@ -97,3 +105,14 @@ def test_the_highest_applied_version_counts_and_old_answers_do_not_replace_new_o
     board.record(ack("a", term=3, epoch=8))
     board.record(ack("b", term=5, epoch=2, state=AckState.REFUSED))
     assert board.applied == (3, 9)
+
+
+def test_when_a_worker_applied_is_the_first_time_it_said_so() -> None:
+    board = AckBoard(timeout_seconds=5.0)
+    board.record(ack("a", epoch=3, state=AckState.PREPARED), wall_now=1.0)
+    assert "a" not in board.applied_at
+    board.record(ack("a", epoch=4), wall_now=2.0)
+    board.record(ack("a", epoch=4, state=AckState.SETTLED), wall_now=3.0)
+    assert board.applied_at == {"a": 2.0}
+    board.record(ack("a", epoch=5), wall_now=4.0)
+    assert board.applied_at == {"a": 4.0}
