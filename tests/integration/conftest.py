@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,18 @@ from tests.integration.harness import Cluster
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
-    """Two workers, one router; tests must leave its processes alone."""
+    """The built-in model, two workers, one router; tests must leave its processes alone."""
     async with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """Settings of a cluster with a tiny model, which starts fast and has many tokens a second."""
+    from tests.integration.tiny_model import WORKER_MEMORY, write_tiny_model  # imports torch
+
+    directory: Path = write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+    return {"KUNSERVE_MODEL": str(directory), "KUNSERVE_DEVICE_MEMORY": WORKER_MEMORY}
 
 
 StartCluster = Callable[..., Awaitable[Cluster]]

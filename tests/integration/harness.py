@@ -9,119 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.processes import ProcessIdentity, free_port, is_alive, process_tree
+from benchmarks.processes import is_alive, process_tree
 from shared.embedded_nats import EmbeddedNats
-from shared.parent_death import dies_with_parent
+from tests.integration.service_process import (
+    POLL_SECONDS,
+    REPOSITORY,
+    PortReservation,
+    ServiceProcess,
+)
 
-REPOSITORY = Path(__file__).parents[2]
 START_TIMEOUT_SECONDS = 120.0
-STOP_TIMEOUT_SECONDS = 30.0
-POLL_SECONDS = 0.02
 #: Weights of the built-in model in fp32, and room for some hundred KV blocks.
 WORKER_MEMORY = "640MiB"
-
-
-class ServiceProcess:
-    """One `kunserve` process; `log` has all it wrote, over every start."""
-
-    def __init__(
-        self, name: str, arguments: Sequence[str], environment: Mapping[str, str], directory: Path
-    ) -> None:
-        self.name = name
-        self._arguments = list(arguments)
-        self._environment = dict(environment)
-        self._log_path = directory / f"{name}.log"
-        self._process: subprocess.Popen[bytes] | None = None
-        self._family: set[ProcessIdentity] = set()
-
-    def start(self) -> None:
-        """Start it, again if it has ended."""
-        command = [sys.executable, "-m", "services.cli", *self._arguments]
-        with self._log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                dies_with_parent(command, signal.SIGKILL),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **self._environment},
-                cwd=REPOSITORY,
-                start_new_session=True,
-            )
-
-    @property
-    def pid(self) -> int:
-        return self._running().pid
-
-    @property
-    def is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    @property
-    def log(self) -> str:
-        """Everything it wrote."""
-        return self._log_path.read_text(errors="replace") if self._log_path.exists() else ""
-
-    def kill(self) -> None:
-        """End it as a crash does, and wait until it is gone."""
-        self._send(signal.SIGKILL)
-        self._running().wait(STOP_TIMEOUT_SECONDS)
-
-    def pause(self) -> None:
-        """Let it hang: it keeps its connections and answers nothing."""
-        self._send(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self._send(signal.SIGCONT)
-
-    def terminate(self) -> None:
-        """Ask it to end; returns at once."""
-        self._send(signal.SIGTERM)
-
-    async def wait(self, timeout_seconds: float = STOP_TIMEOUT_SECONDS) -> int:
-        """Its exit code; fails the test where it does not end in time."""
-        deadline = time.monotonic() + timeout_seconds
-        while self.is_running:
-            if time.monotonic() > deadline:
-                pytest.fail(f"{self.name} still runs after {timeout_seconds:g} s:\n{self.log}")
-            await asyncio.sleep(POLL_SECONDS)
-        return self._running().returncode
-
-    def remember_family(self) -> None:
-        """Note which processes it has started so far, so that their end can be checked."""
-        if self._process is not None:
-            self._family |= process_tree(self._process.pid)
-
-    def destroy(self) -> list[int]:
-        """Kill it and all that it started; the pids of what had outlived it."""
-        self.remember_family()
-        was_running = self.is_running
-        left = [member for member in self._family if is_alive(member)]
-        for member in left:
-            os.kill(member.pid, signal.SIGKILL)
-        if self._process is not None:
-            self._process.wait(STOP_TIMEOUT_SECONDS)
-        return [] if was_running else [member.pid for member in left]
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
-            pytest.fail(f"{self.name} was never started")
-        return self._process
-
-    def _send(self, number: signal.Signals) -> None:
-        self.remember_family()
-        self._running().send_signal(number)
 
 
 class Cluster:
@@ -143,53 +55,92 @@ class Cluster:
     ) -> None:
         self._directory = directory
         self._settings = dict(settings or {})
-        self.nats = EmbeddedNats(store_dir=directory / "jetstream")
+        self._ports: list[PortReservation] = []
+        self.nats = EmbeddedNats(port=self._reserve_port().port, store_dir=self._store_dir)
         self._counts = {"planner": planners, "router": routers, "worker": workers}
         self.planners: list[ServiceProcess] = []
         self.routers: list[ServiceProcess] = []
         self.workers: list[ServiceProcess] = []
-        self.urls: list[str] = []
 
     @property
     def url(self) -> str:
         """Base URL of the first router, without /v1."""
-        return self.urls[0]
+        return self.routers[0].url
+
+    @property
+    def router_port(self) -> int:
+        """Port of the first router, for what no HTTP client would send."""
+        return int(self.url.rpartition(":")[2])
+
+    @property
+    def urls(self) -> list[str]:
+        """Base URLs of all routers."""
+        return [router.url for router in self.routers]
 
     @property
     def processes(self) -> list[ServiceProcess]:
         return [*self.routers, *self.workers, *self.planners]
 
     def add_planner(self) -> ServiceProcess:
-        return self._add("planner", self.planners)
+        return self._add("planner", self.planners, "--admin-port")
 
     def add_router(self) -> ServiceProcess:
-        port = free_port()
-        self.urls.append(f"http://127.0.0.1:{port}")
-        return self._add("router", self.routers, "--port", str(port))
+        return self._add("router", self.routers, "--port")
 
     def add_worker(self) -> ServiceProcess:
-        return self._add("worker", self.workers)
+        return self._add("worker", self.workers, "--admin-port")
 
-    async def cluster(self) -> Any:
-        """What `GET /cluster` of the first router answers, None where nobody answers."""
-        status, body = await self._get(f"{self.url}/cluster")
+    async def cluster(self, router: int = 0) -> Any:
+        """What `GET /cluster` of a router answers, None where nobody answers."""
+        status, body = await self._get(f"{self.routers[router].url}/cluster")
         return body if status == 200 else None
 
-    async def ready_workers(self) -> set[str]:
+    async def ready_workers(self, router: int = 0) -> set[str]:
         """Ids of the workers that `GET /cluster` calls ready."""
-        cluster = await self.cluster()
+        cluster = await self.cluster(router)
         workers = cluster["workers"] if cluster else []
         return {worker["id"] for worker in workers if worker["state"] == "ready"}
 
+    async def state(self, process: ServiceProcess) -> Any:
+        """What `GET /debug/state` of a worker or planner answers, None where nobody answers."""
+        status, body = await self._get(f"{process.url}/debug/state")
+        return body if status == 200 else None
+
+    async def metric(self, process: ServiceProcess, name: str) -> float:
+        """The sum of a metric of one process over all labels; fails where there is none."""
+        async with aiohttp.ClientSession() as session, session.get(f"{process.url}/metrics") as r:
+            families = text_string_to_metric_families(await r.text())
+        values = [
+            sample.value for family in families for sample in family.samples if sample.name == name
+        ]
+        if not values:
+            pytest.fail(f"{process.name} has no metric {name}")
+        return sum(values)
+
+    async def kv_blocks_used(self, router: int = 0) -> int:
+        """KV blocks in use in all groups, as `GET /cluster` says."""
+        cluster = await self.cluster(router)
+        return sum(group["kv_blocks_used"] for group in cluster["groups"])
+
     async def wait_ready(self, timeout_seconds: float = START_TIMEOUT_SECONDS) -> None:
-        """Return when every running worker is ready and routers answer health checks with yes."""
-        wanted = {worker.name for worker in self.workers if worker.is_running}
+        """Return when every running process calls itself ready, and routers see all the workers."""
         deadline = time.monotonic() + timeout_seconds
-        while not (wanted <= await self.ready_workers() and await self._routers_are_healthy()):
+        while not await self._is_ready():
             if time.monotonic() > deadline:
                 logs = "\n".join(f"--- {process.name}\n{process.log}" for process in self.processes)
                 pytest.fail(f"the cluster is not ready after {timeout_seconds:g} s\n{logs}")
             await asyncio.sleep(POLL_SECONDS)
+
+    async def repair(self) -> None:
+        """Start what does not run, and return when everything is ready."""
+        for process in self.processes:
+            if not process.is_running:
+                process.start()
+        await self.wait_ready()
+
+    def wipe_nats_store(self) -> None:
+        """Have the next nats-server begin with nothing; the present one must be dead."""
+        shutil.rmtree(self._store_dir)
 
     async def __aenter__(self) -> Self:
         try:
@@ -215,14 +166,31 @@ class Cluster:
     ) -> None:
         left = self._destroy()
         await self.nats.stop()
-        if exc is None and left:
+        if exc is not None:
+            return
+        if left:
             pytest.fail(f"processes {left} outlived the service that started them")
+        for process in self.processes:
+            if "Traceback" in process.log:
+                pytest.fail(f"{process.name} logged a traceback:\n{process.log}")
+
+    @property
+    def _store_dir(self) -> Path:
+        return self._directory / "jetstream"
+
+    def _reserve_port(self) -> PortReservation:
+        self._ports.append(PortReservation())
+        return self._ports[-1]
 
     def _destroy(self) -> list[int]:
-        return [pid for process in self.processes for pid in process.destroy()]
+        left = [pid for process in self.processes for pid in process.destroy()]
+        for port in self._ports:
+            port.release()
+        return left
 
-    def _add(self, service: str, group: list[ServiceProcess], *arguments: str) -> ServiceProcess:
+    def _add(self, service: str, group: list[ServiceProcess], port_option: str) -> ServiceProcess:
         name = f"{service}-{len(group)}"
+        reserved = self._reserve_port()
         environment = {
             "KUNSERVE_NATS": self.nats.url,
             "KUNSERVE_DEVICE_MEMORY": WORKER_MEMORY,
@@ -230,18 +198,23 @@ class Cluster:
             "KUNSERVE_LEASE_TTL_SECONDS": "2",
             **self._settings,
         }
-        command = [service, f"--{service}-id", name, *arguments]
-        process = ServiceProcess(name, command, environment, self._directory)
+        command = [service, f"--{service}-id", name, port_option, str(reserved.port)]
+        process = ServiceProcess(name, reserved.url, command, environment, self._directory)
         group.append(process)
         process.start()
         return process
 
-    async def _routers_are_healthy(self) -> bool:
-        running = [
-            url for url, router in zip(self.urls, self.routers, strict=True) if router.is_running
-        ]
-        answers = [await self._get(f"{url}/health") for url in running]
-        return all(status == 200 for status, _ in answers)
+    async def _is_ready(self) -> bool:
+        running = [process for process in self.processes if process.is_running]
+        for process in running:
+            status, _ = await self._get(f"{process.url}/ready")
+            if status != 200:
+                return False
+        workers = {worker.name for worker in self.workers if worker.is_running}
+        for number, router in enumerate(self.routers):
+            if router.is_running and not workers <= await self.ready_workers(number):
+                return False
+        return True
 
     async def _get(self, url: str) -> tuple[int, Any]:
         """Status and JSON body, (0, None) where nobody answers."""

@@ -16,7 +16,8 @@ import pytest_asyncio
 
 from benchmarks.processes import ProcessIdentity, is_alive, process_tree
 from tests.conftest import eventually
-from tests.integration.harness import REPOSITORY, START_TIMEOUT_SECONDS, WORKER_MEMORY
+from tests.integration.harness import START_TIMEOUT_SECONDS, WORKER_MEMORY
+from tests.integration.service_process import REPOSITORY
 
 STOP_TIMEOUT_SECONDS = 60.0
 
