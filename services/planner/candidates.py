@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from services.planner.pressure import GroupLoad
-from services.planner.slices import Interval, Slicing, StageMember, whole_blocks
+from services.planner.slices import Interval, Slicing, StageShape
 from shared.layout import GroupPlan, MemberPlan, Span
 from shared.messages import ModelCosts, WorkerInfo
 
@@ -14,8 +15,15 @@ from shared.messages import ModelCosts, WorkerInfo
 SPREAD = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Member(NamedTuple):
+    """A worker in a group; equal shapes are one object."""
+
+    worker_id: str
+    incarnation: str
+    shape: StageShape
+
+
+class Candidate(NamedTuple):
     """A group that may be merged or split.
 
     Attributes:
@@ -26,7 +34,7 @@ class Candidate:
     """
 
     group: GroupPlan
-    members: tuple[StageMember, ...]
+    members: tuple[Member, ...]
     host: str
     demand_blocks: int
     capacity_blocks: int
@@ -38,76 +46,130 @@ class Candidate:
         return self.demand_blocks / self.capacity_blocks if self.capacity_blocks else 0.0
 
 
+class Pipeline(NamedTuple):
+    """Members that are to serve together by a division of the layers."""
+
+    members: Sequence[Member]
+    slicing: Slicing
+
+    def group(self, epoch: int) -> GroupPlan:
+        """What the plan says of it; `epoch` is that of the plan which proposes it."""
+        cuts = self.slicing.cuts
+        stages = [self.members[index] for index in self.slicing.members]
+        return GroupPlan(
+            group_id=f"p{epoch}-{stages[0].worker_id}",
+            members=tuple(
+                MemberPlan(
+                    worker_id=member.worker_id,
+                    span=Span(start=cuts[k], end=cuts[k + 1]),
+                    incarnation=member.incarnation,
+                )
+                for k, member in enumerate(stages)
+            ),
+            epoch=epoch,
+        )
+
+
 def make_candidates(
     groups: Iterable[GroupPlan],
     workers: Mapping[str, WorkerInfo],
     loads: Mapping[str, GroupLoad],
-    num_layers: int,
 ) -> list[Candidate]:
     """The groups all of whose members live, in their order."""
-    return [
-        _candidate(group, [workers[m.worker_id] for m in group.members], loads, num_layers)
-        for group in groups
-        if all(member.worker_id in workers for member in group.members)
-    ]
+    shapes = _Shapes()
+    candidates = []
+    for group in groups:
+        infos = [workers.get(member.worker_id) for member in group.members]
+        living = [info for info in infos if info is not None]
+        if len(living) == len(infos):
+            members = tuple(
+                [Member(info.worker_id, info.incarnation, shapes.of(info)) for info in living]
+            )
+            hosts = {info.host for info in living}
+            whole = sum([member.shape.whole_blocks for member in members])
+            load = loads.get(group.group_id)
+            candidates.append(
+                Candidate(
+                    group,
+                    members,
+                    hosts.pop() if len(hosts) == 1 else SPREAD,
+                    load.demand_blocks if load else 0,
+                    load.total_blocks if load else whole,
+                    whole,
+                )
+            )
+    return candidates
 
 
 def total_whole_blocks(groups: Iterable[GroupPlan], workers: Mapping[str, WorkerInfo]) -> int:
     """Capacity of these groups if every member were a replica."""
+    shapes = _Shapes()
     return sum(
-        whole_blocks(stage_member(info), info.num_layers)
+        shapes.of(info).whole_blocks
         for group in groups
         for member in group.members
         if (info := workers.get(member.worker_id)) is not None
     )
 
 
-def stage_member(info: WorkerInfo) -> StageMember:
-    """What the slicing has to know of a worker."""
-    return StageMember(
-        worker_id=info.worker_id,
-        memory_bytes=info.weight_bytes + info.kv_bytes + info.free_bytes,
-        held=_joined(info.layers),
-        costs=info.costs or _assumed_costs(info),
-    )
+class _Shapes:
+    """Shapes of workers, equal ones made one: a large cluster has few."""
 
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], StageShape] = {}
 
-def pipeline(
-    slicing: Slicing, members: list[StageMember], workers: Mapping[str, WorkerInfo], epoch: int
-) -> GroupPlan:
-    """The group that serves by this division, first proposed at `epoch`."""
-    stages = [members[index].worker_id for index in slicing.members]
-    return GroupPlan(
-        group_id=f"p{epoch}-{stages[0]}",
-        members=tuple(
-            MemberPlan(
-                worker_id=worker_id,
-                span=Span(start=slicing.cuts[k], end=slicing.cuts[k + 1]),
-                incarnation=workers[worker_id].incarnation,
+    def of(self, info: WorkerInfo) -> StageShape:
+        costs = info.costs
+        key = (
+            info.weight_bytes,
+            info.kv_bytes + info.free_bytes,
+            info.kv_block_bytes,
+            info.num_layers,
+            tuple([(span.start, span.end) for span in info.layers]),
+            None if costs is None else (_bytes_of(costs), _rounded_seconds(costs)),
+        )
+        shape = self._known.get(key)
+        if shape is None:
+            shape = self._known[key] = StageShape(
+                memory_bytes=info.weight_bytes + info.kv_bytes + info.free_bytes,
+                held=_joined(info.layers),
+                costs=_assumed_costs(info) if costs is None else _rounded(costs),
+                num_layers=info.num_layers,
             )
-            for k, worker_id in enumerate(stages)
-        ),
-        epoch=epoch,
+        return shape
+
+
+def _bytes_of(costs: ModelCosts) -> tuple[int, ...]:
+    return (
+        costs.layer_weight_bytes,
+        costs.embedding_weight_bytes,
+        costs.head_weight_bytes,
+        costs.whole_weight_bytes,
+        costs.kv_layer_block_bytes,
     )
 
 
-def _candidate(
-    group: GroupPlan,
-    infos: list[WorkerInfo],
-    loads: Mapping[str, GroupLoad],
-    num_layers: int,
-) -> Candidate:
-    members = tuple(map(stage_member, infos))
-    whole = sum(whole_blocks(member, num_layers) for member in members)
-    load = loads.get(group.group_id)
-    hosts = {info.host for info in infos}
-    return Candidate(
-        group=group,
-        members=members,
-        host=hosts.pop() if len(hosts) == 1 else SPREAD,
-        demand_blocks=load.demand_blocks if load else 0,
-        capacity_blocks=load.total_blocks if load else whole,
-        whole_blocks=whole,
+def _rounded_seconds(costs: ModelCosts) -> tuple[float, float, float]:
+    """Measured times of layer, embedding and head without their noise.
+
+    A layer is rounded to a step of 10 %, the ends to a quarter of a layer: machines of one kind
+    then look alike, which is what makes plans of large clusters cheap.
+    """
+    if costs.layer_seconds <= 0.0:
+        return (0.0, 0.0, 0.0)
+    layer = 1.1 ** round(math.log(costs.layer_seconds, 1.1))
+    quarter = layer / 4
+    return (
+        layer,
+        quarter * round(4 * costs.embedding_seconds / costs.layer_seconds),
+        quarter * round(4 * costs.head_seconds / costs.layer_seconds),
+    )
+
+
+def _rounded(costs: ModelCosts) -> ModelCosts:
+    layer, embedding, head = _rounded_seconds(costs)
+    return costs.model_copy(
+        update={"layer_seconds": layer, "embedding_seconds": embedding, "head_seconds": head}
     )
 
 

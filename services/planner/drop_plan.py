@@ -16,13 +16,15 @@ from __future__ import annotations
 import heapq
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import attrgetter
+from typing import NamedTuple
 
-from services.planner.candidates import SPREAD, Candidate, pipeline
-from services.planner.slices import Slicing, StageMember, slice_layers
+from services.planner.candidates import SPREAD, Candidate, Member, Pipeline
+from services.planner.slices import Slicing, slice_layers
 from shared.layout import GroupPlan
-from shared.messages import WorkerInfo
 
 #: A merge shall gain at least this share of the copy it frees, whatever that does to the slowest
 #: stage: layers that are even in time (the LM head weighs as much as several) are uneven in memory.
@@ -36,95 +38,88 @@ class DropPlan:
     """A layout with fewer copies.
 
     Attributes:
-        groups: the whole layout, in the order of the leaders.
+        pipelines: the new groups.
+        untouched: the groups that stay as they are.
         num_merges: copies of the model freed; less than asked for where no more can be merged.
         capacity_blocks: what the cluster will have.
         slowest_seconds: of the slowest stage of any new pipeline.
         num_fetched: layers that members would have to get first.
     """
 
-    groups: tuple[GroupPlan, ...]
+    pipelines: tuple[Pipeline, ...]
+    untouched: tuple[GroupPlan, ...]
     num_merges: int
     capacity_blocks: int
     slowest_seconds: float
     num_fetched: int
 
+    def groups(self, epoch: int) -> tuple[GroupPlan, ...]:
+        """The whole layout, as the plan of `epoch` proposes it, in the order of the leaders."""
+        groups = [*self.untouched, *(pipeline.group(epoch) for pipeline in self.pipelines)]
+        groups.sort(key=lambda group: group.members[0].worker_id)
+        return tuple(groups)
 
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    """Candidates that are to be one group."""
+
+class Pool(NamedTuple):
+    """Candidates that are to be one group: the more loaded first, since its leader will lead."""
 
     parts: tuple[Candidate, ...]
     num_members: int
     host: str
     demand_blocks: int
     capacity_blocks: int
-
-    @property
-    def pressure(self) -> float:
-        return self.demand_blocks / self.capacity_blocks if self.capacity_blocks else 0.0
+    whole_blocks: int
+    pressure: float
 
 
-def copies_to_free(lacking_blocks: int, candidates: Sequence[Candidate], num_layers: int) -> int:
+def copies_to_free(lacking_blocks: int, candidates: Sequence[Candidate]) -> int:
     """ceil(R / P), and at least one: the copies whose bytes hold `lacking_blocks`."""
-    copies = [_copy_blocks(member, num_layers) for c in candidates[:1] for member in c.members]
-    return max(1, math.ceil(lacking_blocks / max(1.0, copies[0]))) if copies else 1
+    if not candidates:
+        return 1
+    return max(1, math.ceil(lacking_blocks / max(1.0, candidates[0].members[0].shape.copy_blocks)))
 
 
 def plan_drop(
-    candidates: Sequence[Candidate],
-    workers: Mapping[str, WorkerInfo],
-    num_layers: int,
-    *,
-    num_merges: int,
-    needed_ratio: float,
-    epoch: int,
+    candidates: Sequence[Candidate], *, num_merges: int, needed_ratio: float
 ) -> DropPlan | None:
     """Merge `num_merges` times, or as often as possible.
 
     Args:
         needed_ratio: blocks needed as a share of what the cluster has as replicas.
-        epoch: of the plan that will propose the new groups.
 
     Returns:
         None where nothing can be merged.
     """
-    pools = choose_merges(candidates, num_merges, max_members=num_layers)
-    return merge_pools(pools, workers, num_layers, needed_ratio=needed_ratio, epoch=epoch)
+    if not candidates:
+        return None
+    max_members = candidates[0].members[0].shape.num_layers
+    return slice_pools(choose_merges(candidates, num_merges, max_members), needed_ratio)
 
 
 def plan_merge(
-    merged: Sequence[Candidate],
-    others: Sequence[Candidate],
-    workers: Mapping[str, WorkerInfo],
-    num_layers: int,
-    *,
-    needed_ratio: float,
-    epoch: int,
+    merged: Sequence[Candidate], others: Sequence[Candidate], *, needed_ratio: float
 ) -> DropPlan | None:
     """Make one group of `merged` and leave `others` alone; None where that cannot be."""
-    pools = [list(merged), *([other] for other in others)]
-    return merge_pools(pools, workers, num_layers, needed_ratio=needed_ratio, epoch=epoch)
+    pool = reduce(_merge, map(_pool, merged))
+    return slice_pools([pool, *map(_pool, others)], needed_ratio)
 
 
 # --- which groups ---------------------------------------------------------------------------------
 
 
-def choose_merges(
-    candidates: Sequence[Candidate], num_merges: int, max_members: int
-) -> list[list[Candidate]]:
-    """The greedy: groups of candidates, singletons where nothing happens to them."""
-    classes: dict[int, list[_Pool]] = defaultdict(list)
+def choose_merges(candidates: Sequence[Candidate], num_merges: int, max_members: int) -> list[Pool]:
+    """The greedy: pools of candidates, of one where nothing happens to it."""
+    classes: dict[int, list[Pool]] = defaultdict(list)
     for candidate in candidates:
         classes[len(candidate.members)].append(_pool(candidate))
     sizes = list(classes)
     heapq.heapify(sizes)
-    done: list[_Pool] = []
-    left: _Pool | None = None
+    done: list[Pool] = []
+    left: Pool | None = None
     while num_merges > 0 and sizes:
         size = heapq.heappop(sizes)
-        pools = sorted(classes.pop(size), key=lambda pool: -pool.pressure)
-        merged: list[_Pool] = []
+        pools = sorted(classes.pop(size), key=attrgetter("pressure"), reverse=True)
+        merged: list[Pool] = []
         if left is not None and left.num_members + size <= max_members:
             merged.append(_merge(left, pools.pop(_partner(left, pools))))
             num_merges -= 1
@@ -142,42 +137,49 @@ def choose_merges(
         done += pools
     done += [left] if left is not None else []
     done += [pool for pools in classes.values() for pool in pools]
-    return [list(pool.parts) for pool in done]
+    return done
 
 
-def _pool(candidate: Candidate) -> _Pool:
-    return _Pool(
+def _pool(candidate: Candidate) -> Pool:
+    return Pool(
         (candidate,),
         len(candidate.members),
         candidate.host,
         candidate.demand_blocks,
         candidate.capacity_blocks,
+        candidate.whole_blocks,
+        candidate.pressure,
     )
 
 
-def _merge(first: _Pool, second: _Pool) -> _Pool:
-    return _Pool(
-        first.parts + second.parts,
+def _merge(first: Pool, second: Pool) -> Pool:
+    demand = first.demand_blocks + second.demand_blocks
+    capacity = first.capacity_blocks + second.capacity_blocks
+    is_first = first.demand_blocks >= second.demand_blocks
+    return Pool(
+        first.parts + second.parts if is_first else second.parts + first.parts,
         first.num_members + second.num_members,
         first.host if first.host == second.host else SPREAD,
-        first.demand_blocks + second.demand_blocks,
-        first.capacity_blocks + second.capacity_blocks,
+        demand,
+        capacity,
+        first.whole_blocks + second.whole_blocks,
+        demand / capacity if capacity else 0.0,
     )
 
 
-def _partner(pool: _Pool, pools: Sequence[_Pool]) -> int:
+def _partner(pool: Pool, pools: Sequence[Pool]) -> int:
     """Index of the best one for a pool that its own class left over; most loaded come first."""
     near = [index for index, other in enumerate(pools) if other.host == pool.host]
     return near[-1] if near else len(pools) - 1
 
 
-def _pair(pools: Sequence[_Pool], limit: int) -> tuple[list[_Pool], list[_Pool]]:
+def _pair(pools: Sequence[Pool], limit: int) -> tuple[list[Pool], list[Pool]]:
     """Up to `limit` pairs of pools that come most loaded first, and what remains."""
     by_host: dict[str, deque[int]] = defaultdict(deque)
     for index, pool in enumerate(pools):
         by_host[pool.host].append(index)
     free = [True] * len(pools)
-    pairs: list[_Pool] = []
+    pairs: list[Pool] = []
     strangers: list[int] = []  # no partner on their host
     limit = min(limit, len(pools) // 2)
     for index, pool in enumerate(pools):
@@ -203,71 +205,52 @@ def _pair(pools: Sequence[_Pool], limit: int) -> tuple[list[_Pool], list[_Pool]]
 # --- with which layers ----------------------------------------------------------------------------
 
 
-def merge_pools(
-    pools: Iterable[Sequence[Candidate]],
-    workers: Mapping[str, WorkerInfo],
-    num_layers: int,
-    *,
-    needed_ratio: float,
-    epoch: int,
-) -> DropPlan | None:
+def slice_pools(pools: Iterable[Pool], needed_ratio: float) -> DropPlan | None:
     """Give every pool of several candidates its slices; a pool that cannot work stays apart."""
-    slicer = _Slicer(num_layers)
-    groups: list[GroupPlan] = []
-    num_merges, capacity_blocks, num_fetched, slowest = 0, 0, 0, 0.0
+    slicer = _Slicer()
+    pipelines: list[Pipeline] = []
+    untouched: list[GroupPlan] = []
+    num_merges, capacity_blocks = 0, 0
     for pool in pools:
-        slicing = None
-        if len(pool) > 1:
-            members = _leader_first(pool)
-            slicing = slicer.slice(members, _wanted_blocks(pool, num_layers, needed_ratio))
-        if slicing is None:
-            groups += [candidate.group for candidate in pool]
-            capacity_blocks += sum(candidate.capacity_blocks for candidate in pool)
-            continue
-        groups.append(pipeline(slicing, members, workers, epoch))
-        num_merges += len(pool) - 1
-        capacity_blocks += slicing.num_blocks
-        num_fetched += slicing.num_fetched
-        slowest = max(slowest, slicing.slowest_seconds)
-    if num_merges == 0:
+        parts = pool.parts
+        if len(parts) > 1:
+            members = [member for candidate in parts for member in candidate.members]
+            slicing = slicer.slice(members, _wanted_blocks(pool, needed_ratio))
+            if slicing is not None:
+                pipelines.append(Pipeline(members, slicing))
+                num_merges += len(parts) - 1
+                capacity_blocks += slicing.num_blocks
+                continue
+        untouched += [candidate.group for candidate in parts]
+        capacity_blocks += pool.capacity_blocks
+    if not pipelines:
         return None
-    groups.sort(key=lambda group: group.members[0].worker_id)
-    return DropPlan(tuple(groups), num_merges, capacity_blocks, slowest, num_fetched)
+    return DropPlan(
+        tuple(pipelines),
+        tuple(untouched),
+        num_merges,
+        capacity_blocks,
+        max(pipeline.slicing.slowest_seconds for pipeline in pipelines),
+        sum(pipeline.slicing.num_fetched for pipeline in pipelines),
+    )
 
 
 class _Slicer:
-    """Slices by the shape of the members: in a large cluster most pools look alike."""
+    """Slices by the shapes of the members: in a large cluster most pools look alike."""
 
-    def __init__(self, num_layers: int) -> None:
-        self._num_layers = num_layers
-        self._known: dict[tuple[object, ...], Slicing | None] = {}
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], Slicing | None] = {}
 
-    def slice(self, members: Sequence[StageMember], wanted_blocks: int) -> Slicing | None:
-        key = (wanted_blocks, *(member.shape for member in members))
+    def slice(self, members: Sequence[Member], wanted_blocks: int) -> Slicing | None:
+        key = (wanted_blocks, *[id(member.shape) for member in members])
         if key not in self._known:
-            self._known[key] = slice_layers(members, self._num_layers, wanted_blocks)
+            shapes = [member.shape for member in members]
+            self._known[key] = slice_layers(shapes, wanted_blocks)
         return self._known[key]
 
 
-def _leader_first(pool: Sequence[Candidate]) -> list[StageMember]:
-    """Members of the most loaded candidate first: of equal ones, the first becomes the leader.
-
-    The leader keeps its requests; the others hand theirs over.
-    """
-    ordered = sorted(pool, key=lambda candidate: -candidate.demand_blocks)
-    return [member for candidate in ordered for member in candidate.members]
-
-
-def _wanted_blocks(pool: Sequence[Candidate], num_layers: int, needed_ratio: float) -> int:
+def _wanted_blocks(pool: Pool, needed_ratio: float) -> int:
     """What the merged group shall hold: its share of the need, and a worthwhile gain."""
-    copy_blocks = _copy_blocks(pool[0].members[0], num_layers)
-    gain = LEAST_GAIN * copy_blocks * (len(pool) - 1)
-    has = sum(candidate.capacity_blocks for candidate in pool)
-    share = needed_ratio * HEADROOM * sum(candidate.whole_blocks for candidate in pool)
-    return math.ceil(max(has + gain, share))
-
-
-def _copy_blocks(member: StageMember, num_layers: int) -> float:
-    """Blocks that fit into the bytes of one copy of the model."""
-    costs = member.costs
-    return costs.whole_weight_bytes / (num_layers * costs.kv_layer_block_bytes)
+    copies = LEAST_GAIN * (len(pool.parts) - 1)
+    gain = copies * pool.parts[0].members[0].shape.copy_blocks
+    return math.ceil(max(pool.capacity_blocks + gain, needed_ratio * HEADROOM * pool.whole_blocks))

@@ -38,26 +38,23 @@ def carry_out(wish: AdminRequest, inputs: Inputs, plan: Plan) -> Target:
     unknown = [worker_id for worker_id in wish.workers if worker_id not in placed]
     if unknown:
         raise OrderError(f"no group has a worker {', '.join(unknown)}")
-    candidates = make_candidates(plan.groups, inputs.workers, inputs.loads, plan.num_layers)
+    candidates = make_candidates(plan.groups, inputs.workers, inputs.loads)
     if wish.action is AdminAction.DROP:
-        return _drop(wish, inputs, plan, candidates)
+        return _drop(wish, inputs, candidates)
     return _restore(wish, inputs, plan, candidates)
 
 
-def _drop(wish: AdminRequest, inputs: Inputs, plan: Plan, candidates: list[Candidate]) -> Target:
+def _drop(wish: AdminRequest, inputs: Inputs, candidates: list[Candidate]) -> Target:
     named = [candidate for candidate in candidates if _is_named(candidate, wish)]
     if not wish.workers:
-        dropped = _drop_everywhere(inputs, plan, candidates)
+        dropped = _drop_everywhere(inputs, candidates)
     elif len(named) == 1:
-        dropped = _drop_with_partner(inputs, plan, candidates, named[0])
+        dropped = _drop_with_partner(inputs, candidates, named[0])
     else:
         dropped = plan_merge(
             named,
             [candidate for candidate in candidates if not _is_named(candidate, wish)],
-            inputs.workers,
-            plan.num_layers,
             needed_ratio=needed_ratio(inputs),
-            epoch=next_epoch(inputs),
         )
     if dropped is None:
         raise OrderError("nothing can be dropped: there are no two groups that fit together")
@@ -65,26 +62,23 @@ def _drop(wish: AdminRequest, inputs: Inputs, plan: Plan, candidates: list[Candi
     return Target(
         rule=Rule.ORDERED,
         state=LayoutState.DROPPING,
-        groups=dropped.groups,
+        groups=dropped.groups(next_epoch(inputs)),
         cause=f"an operator asked for it: {describe_drop(dropped, capacity)}",
         hold=Hold(kind=HoldKind.NO_RESTORE, until=_until(wish, inputs)),
     )
 
 
-def _drop_everywhere(inputs: Inputs, plan: Plan, candidates: list[Candidate]) -> DropPlan | None:
+def _drop_everywhere(inputs: Inputs, candidates: list[Candidate]) -> DropPlan | None:
     lacking = inputs.pressure.lacking_blocks if inputs.pressure is not None else 0
     return plan_drop(
         candidates,
-        inputs.workers,
-        plan.num_layers,
-        num_merges=max(len(candidates) // 2, copies_to_free(lacking, candidates, plan.num_layers)),
+        num_merges=max(len(candidates) // 2, copies_to_free(lacking, candidates)),
         needed_ratio=needed_ratio(inputs),
-        epoch=next_epoch(inputs),
     )
 
 
 def _drop_with_partner(
-    inputs: Inputs, plan: Plan, candidates: list[Candidate], named: Candidate
+    inputs: Inputs, candidates: list[Candidate], named: Candidate
 ) -> DropPlan | None:
     """The greedy's choice for one group: the smallest of the others, near, and little loaded."""
     others = [candidate for candidate in candidates if candidate is not named]
@@ -97,16 +91,13 @@ def _drop_with_partner(
     return plan_merge(
         [named, partner],
         rest,
-        inputs.workers,
-        plan.num_layers,
         needed_ratio=needed_ratio(inputs),
-        epoch=next_epoch(inputs),
     )
 
 
 def _restore(wish: AdminRequest, inputs: Inputs, plan: Plan, candidates: list[Candidate]) -> Target:
     chosen = {c.group.group_id for c in candidates if not wish.workers or _is_named(c, wish)}
-    restored = plan_whole(candidates, chosen, plan.num_layers)
+    restored = plan_whole(candidates, chosen)
     if restored is None:
         raise OrderError("nothing can be restored: no such worker is part of a pipeline")
     hold: Hold | None

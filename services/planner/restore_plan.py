@@ -13,11 +13,11 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from services.planner.candidates import Candidate, pipeline
+from services.planner.candidates import Candidate, Member, Pipeline
+from services.planner.drop_plan import LEAST_GAIN
 from services.planner.layout_policy import replica
-from services.planner.slices import StageMember, slice_layers, whole_blocks
+from services.planner.slices import slice_layers
 from shared.layout import GroupPlan
-from shared.messages import WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,6 @@ class _Split:
 
 def plan_restore(
     candidates: Sequence[Candidate],
-    workers: Mapping[str, WorkerInfo],
-    num_layers: int,
     *,
     demand_blocks: int,
     restore_ratio: float,
@@ -55,7 +53,7 @@ def plan_restore(
     order = sorted(candidates, key=lambda c: (-len(c.members), c.pressure, c.group.group_id))
     splits: dict[str, _Split] = {}
     for candidate in order:
-        for split in _splits(candidate, workers, num_layers, epoch):
+        for split in _splits(candidate, epoch):
             after = capacity - candidate.capacity_blocks + split.capacity_blocks
             if (
                 demand_blocks < restore_ratio * after
@@ -70,7 +68,6 @@ def plan_restore(
 def plan_whole(
     candidates: Sequence[Candidate],
     chosen: Collection[str],
-    num_layers: int,
     leaving: Collection[str] = (),
 ) -> RestorePlan | None:
     """Make replicas of the members of the `chosen` groups, whatever the demand.
@@ -79,7 +76,7 @@ def plan_whole(
         leaving: workers that shall not serve any more.
     """
     splits = {
-        candidate.group.group_id: _whole(candidate, num_layers, leaving)
+        candidate.group.group_id: _whole(candidate, leaving)
         for candidate in candidates
         if candidate.group.group_id in chosen and len(candidate.members) > 1
     }
@@ -99,50 +96,44 @@ def _assemble(candidates: Sequence[Candidate], splits: Mapping[str, _Split]) -> 
     return RestorePlan(tuple(groups), len(splits), capacity)
 
 
-def _splits(
-    candidate: Candidate, workers: Mapping[str, WorkerInfo], num_layers: int, epoch: int
-) -> list[_Split]:
+def _splits(candidate: Candidate, epoch: int) -> list[_Split]:
     """The ways to split a pipeline, finest first; none for a replica."""
     splits = []
     if len(candidate.members) > 1:
-        splits.append(_whole(candidate, num_layers, leaving=()))
+        splits.append(_whole(candidate, leaving=()))
     if len(candidate.members) > 2:
-        halved = _halved(candidate, workers, num_layers, epoch)
+        halved = _halved(candidate, epoch)
         splits += [halved] if halved is not None else []
     return splits
 
 
-def _whole(candidate: Candidate, num_layers: int, leaving: Collection[str]) -> _Split:
+def _whole(candidate: Candidate, leaving: Collection[str]) -> _Split:
     staying = [member for member in candidate.members if member.worker_id not in leaving]
     return _Split(
-        tuple(replica(member.worker_id, num_layers) for member in staying),
-        sum(whole_blocks(member, num_layers) for member in staying),
+        tuple(replica(member.worker_id, member.shape.num_layers) for member in staying),
+        sum(member.shape.whole_blocks for member in staying),
     )
 
 
-def _halved(
-    candidate: Candidate, workers: Mapping[str, WorkerInfo], num_layers: int, epoch: int
-) -> _Split | None:
+def _halved(candidate: Candidate, epoch: int) -> _Split | None:
     """Every other stage: each half then holds layers from all over the model."""
     groups: list[GroupPlan] = []
     capacity = 0
-    for members in (list(candidate.members[0::2]), list(candidate.members[1::2])):
+    for members in (candidate.members[0::2], candidate.members[1::2]):
         if len(members) == 1:
-            groups.append(replica(members[0].worker_id, num_layers))
-            capacity += whole_blocks(members[0], num_layers)
+            groups.append(replica(members[0].worker_id, members[0].shape.num_layers))
+            capacity += members[0].shape.whole_blocks
             continue
-        half = _capacity_share(candidate, members, num_layers)
-        slicing = slice_layers(members, num_layers, half)
+        slicing = slice_layers([member.shape for member in members], _wanted_blocks(members))
         if slicing is None:
             return None
-        groups.append(pipeline(slicing, members, workers, epoch))
+        groups.append(Pipeline(members, slicing).group(epoch))
         capacity += slicing.num_blocks
     return _Split(tuple(groups), capacity)
 
 
-def _capacity_share(candidate: Candidate, members: Sequence[StageMember], num_layers: int) -> int:
-    """Blocks that a part shall hold: as replicas, and half of the copy it still lacks."""
-    own = sum(whole_blocks(member, num_layers) for member in members)
-    costs = members[0].costs
-    copy_blocks = costs.whole_weight_bytes / (num_layers * costs.kv_layer_block_bytes)
-    return own + math.ceil(copy_blocks * (len(members) - 1) / 2)
+def _wanted_blocks(members: Sequence[Member]) -> int:
+    """Blocks that a half shall hold: what replicas would, and most of the copies it lacks."""
+    whole = sum(member.shape.whole_blocks for member in members)
+    gain = LEAST_GAIN * members[0].shape.copy_blocks * (len(members) - 1)
+    return whole + math.ceil(gain)

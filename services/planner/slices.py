@@ -32,23 +32,30 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class StageMember:
-    """What the slicing has to know of a worker.
+class StageShape:
+    """What the slicing has to know of a worker; workers of equal shape are interchangeable.
 
     Attributes:
         memory_bytes: for weights and KV together.
         held: layers whose weights are resident, half-open, disjoint, ascending, not touching.
     """
 
-    worker_id: str
     memory_bytes: int
     held: tuple[Interval, ...]
     costs: ModelCosts
+    num_layers: int
 
     @property
-    def shape(self) -> tuple[object, ...]:
-        """Members of equal shape are interchangeable."""
-        return (self.memory_bytes, self.held, self.costs)
+    def whole_blocks(self) -> int:
+        """KV blocks that the worker has as a replica."""
+        free_bytes = self.memory_bytes - self.costs.whole_weight_bytes
+        return max(0, free_bytes // (self.num_layers * self.costs.kv_layer_block_bytes))
+
+    @property
+    def copy_blocks(self) -> float:
+        """KV blocks that fit into the bytes of one copy of the model: the paper's P."""
+        costs = self.costs
+        return costs.whole_weight_bytes / (self.num_layers * costs.kv_layer_block_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +77,12 @@ class Slicing:
     num_fetched: int = 0
 
 
-def whole_blocks(member: StageMember, num_layers: int) -> int:
-    """KV blocks that a worker has as a replica."""
-    costs = member.costs
-    free_bytes = member.memory_bytes - costs.whole_weight_bytes
-    return max(0, free_bytes // (num_layers * costs.kv_layer_block_bytes))
-
-
-def slice_layers(
-    members: Sequence[StageMember], num_layers: int, wanted_blocks: int
-) -> Slicing | None:
-    """The best division of `[0, num_layers)` among `members`, which may change places.
+def slice_layers(members: Sequence[StageShape], wanted_blocks: int) -> Slicing | None:
+    """The best division of the layers among `members`, which may change places.
 
     Returns None where no division leaves every stage a layer and a block.
     """
+    num_layers = members[0].num_layers
     if len(members) > num_layers:
         return None
     orders = _orders(members)
@@ -99,7 +98,7 @@ def _rank(slicing: Slicing, wanted_blocks: int) -> tuple[int, int, float, int]:
     return (slicing.num_fetched, -enough, slicing.slowest_seconds, -slicing.num_blocks)
 
 
-def _orders(members: Sequence[StageMember]) -> list[tuple[int, ...]]:
+def _orders(members: Sequence[StageShape]) -> list[tuple[int, ...]]:
     """Orders of the members worth trying; the first given stays first among equals."""
     indices = range(len(members))
     first = [member.held[0][0] if member.held else 0 for member in members]
@@ -141,7 +140,7 @@ class _Stage:
         return (self.memory_bytes - layers * self.layer_bytes) // (layers * self.kv_bytes)
 
 
-def _stages(members: Sequence[StageMember], order: Sequence[int]) -> list[_Stage]:
+def _stages(members: Sequence[StageShape], order: Sequence[int]) -> list[_Stage]:
     stages = []
     for place, index in enumerate(order):
         costs = members[index].costs
@@ -169,7 +168,7 @@ def _stages(members: Sequence[StageMember], order: Sequence[int]) -> list[_Stage
 
 
 def _only_drop(
-    members: Sequence[StageMember], order: tuple[int, ...], num_layers: int, wanted_blocks: int
+    members: Sequence[StageShape], order: tuple[int, ...], num_layers: int, wanted_blocks: int
 ) -> Slicing | None:
     stages = _stages(members, order)
     num_blocks = _most_blocks(stages, num_layers, wanted_blocks)
@@ -190,7 +189,10 @@ def _most_blocks(stages: Sequence[_Stage], num_layers: int, wanted_blocks: int) 
 
     if not impossible(wanted_blocks):
         return max(1, wanted_blocks)
-    return max(0, bisect_left(range(wanted_blocks), True, lo=1, key=impossible) - 1)
+    each = {stage.num_blocks(n) for stage in stages for n in range(1, num_layers + 1)}
+    steps = sorted(blocks for blocks in each if 0 < blocks < wanted_blocks)
+    place = bisect_left(steps, True, key=impossible)
+    return steps[place - 1] if place else 0
 
 
 def _least_seconds(stages: Sequence[_Stage], num_layers: int, num_blocks: int) -> float:
@@ -268,7 +270,7 @@ def _slicing(order: tuple[int, ...], stages: Sequence[_Stage], cuts: tuple[int, 
 
 
 def _with_fetches(
-    members: Sequence[StageMember], order: tuple[int, ...], num_layers: int, wanted_blocks: int
+    members: Sequence[StageShape], order: tuple[int, ...], num_layers: int, wanted_blocks: int
 ) -> Slicing | None:
     """The fewest layers fetched, then the fastest slowest stage."""
     stages = _stages(members, order)

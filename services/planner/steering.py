@@ -7,14 +7,14 @@ a dwell time, which only memory that is short now may cut short. An unknown load
 
 from __future__ import annotations
 
-from services.planner.candidates import Candidate, make_candidates
+from services.planner.candidates import make_candidates
 from services.planner.drafts import next_epoch
 from services.planner.drop_plan import DropPlan, copies_to_free, plan_drop
 from services.planner.inputs import Inputs
 from services.planner.pressure import Overload, Pressure
 from services.planner.restore_plan import plan_restore, plan_whole
 from services.planner.rules import Restraint, Rule, Target
-from shared.layout import GroupPlan, Hold, HoldKind, LayoutState, Plan
+from shared.layout import Hold, HoldKind, LayoutState, Plan
 from shared.messages import WorkerState
 
 
@@ -73,21 +73,18 @@ def _drop(inputs: Inputs, plan: Plan, pressure: Pressure, overload: Overload) ->
     restraint = _not_now(inputs, plan, HoldKind.NO_DROP, is_urgent=overload is Overload.NOW)
     if restraint is not None:
         return Restraint(restraint.rule, f"{why}: {restraint.detail}")
-    candidates = _candidates(inputs, plan)
+    candidates = make_candidates(plan.groups, inputs.workers, inputs.loads)
     dropped = plan_drop(
         candidates,
-        inputs.workers,
-        plan.num_layers,
-        num_merges=copies_to_free(pressure.lacking_blocks, candidates, plan.num_layers),
+        num_merges=copies_to_free(pressure.lacking_blocks, candidates),
         needed_ratio=needed_ratio(inputs),
-        epoch=next_epoch(inputs),
     )
     if dropped is None:
         return Restraint(Rule.NOTHING_TO_DROP, f"{why}: no groups are left that can be merged")
     return Target(
         rule=Rule.OVERLOAD if overload is Overload.NOW else Rule.FORECAST,
         state=LayoutState.DROPPING,
-        groups=dropped.groups,
+        groups=dropped.groups(next_epoch(inputs)),
         cause=f"{why}: {describe_drop(dropped, pressure.capacity_blocks)}",
         hold=active_hold(plan, inputs.now),
     )
@@ -97,9 +94,7 @@ def _restore(inputs: Inputs, plan: Plan, pressure: Pressure) -> Target | Restrai
     if pressure.is_rising(inputs.thresholds) or not pressure.is_window_full:
         return None
     restored = plan_restore(
-        _candidates(inputs, plan),
-        inputs.workers,
-        plan.num_layers,
+        make_candidates(plan.groups, inputs.workers, inputs.loads),
         demand_blocks=pressure.peak_blocks,
         restore_ratio=inputs.thresholds.restore_ratio,
         epoch=next_epoch(inputs),
@@ -133,7 +128,7 @@ def _release_draining(inputs: Inputs, plan: Plan) -> Target | None:
     if not leaving or inputs.now < plan.not_before:
         return None
     hit = {g.group_id for g in plan.groups if any(m.worker_id in leaving for m in g.members)}
-    restored = plan_whole(_candidates(inputs, plan), hit, plan.num_layers, leaving)
+    restored = plan_whole(make_candidates(plan.groups, inputs.workers, inputs.loads), hit, leaving)
     if restored is None:
         return None
     return Target(
@@ -159,8 +154,3 @@ def _not_now(inputs: Inputs, plan: Plan, kind: HoldKind, *, is_urgent: bool) -> 
             Rule.TOO_SOON, f"the last transition ended a moment ago, {wait:.0f} s left"
         )
     return None
-
-
-def _candidates(inputs: Inputs, plan: Plan) -> list[Candidate]:
-    groups: tuple[GroupPlan, ...] = plan.groups
-    return make_candidates(groups, inputs.workers, inputs.loads, plan.num_layers)

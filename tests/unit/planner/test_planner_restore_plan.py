@@ -7,7 +7,6 @@ from services.planner.layout_policy import replica
 from services.planner.pressure import GroupLoad
 from services.planner.restore_plan import RestorePlan, plan_restore, plan_whole
 from shared.layout import GroupPlan, MemberPlan, Span
-from shared.messages import WorkerInfo
 from tests.planner_support import NUM_LAYERS, worker_info
 
 #: Blocks of one replica of `worker_info`, and of one copy of the model.
@@ -28,7 +27,7 @@ def capacity_of(group: GroupPlan) -> int:
     return len(group.members) * WHOLE + (len(group.members) - 1) * COPY
 
 
-def build(demands: dict[GroupPlan, int]) -> tuple[list[Candidate], dict[str, WorkerInfo]]:
+def build(demands: dict[GroupPlan, int]) -> list[Candidate]:
     living = {
         member.worker_id: worker_info(
             member.worker_id,
@@ -42,15 +41,12 @@ def build(demands: dict[GroupPlan, int]) -> tuple[list[Candidate], dict[str, Wor
         for member in group.members
     }
     loads = {g.group_id: GroupLoad(capacity_of(g), used, 0) for g, used in demands.items()}
-    return make_candidates(list(demands), living, loads, NUM_LAYERS), living
+    return make_candidates(list(demands), living, loads)
 
 
 def restore(demands: dict[GroupPlan, int]) -> RestorePlan | None:
-    candidates, living = build(demands)
     return plan_restore(
-        candidates,
-        living,
-        NUM_LAYERS,
+        build(demands),
         demand_blocks=sum(demands.values()),
         restore_ratio=0.5,
         epoch=9,
@@ -102,7 +98,7 @@ def test_the_cluster_as_a_whole_keeps_room() -> None:
 
 def test_an_order_does_not_ask_for_demand() -> None:
     demands = {pipeline_of("a", "b"): 2 * WHOLE, pipeline_of("c", "d"): 0}
-    candidates, _ = build(demands)
-    assert shape(plan_whole(candidates, {"p1-a"}, NUM_LAYERS)) == [["a"], ["b"], ["c", "d"]]
-    assert plan_whole(candidates, {"g-z"}, NUM_LAYERS) is None
-    assert shape(plan_whole(candidates, {"p1-a"}, NUM_LAYERS, {"b"})) == [["a"], ["c", "d"]]
+    candidates = build(demands)
+    assert shape(plan_whole(candidates, {"p1-a"})) == [["a"], ["b"], ["c", "d"]]
+    assert plan_whole(candidates, {"g-z"}) is None
+    assert shape(plan_whole(candidates, {"p1-a"}, {"b"})) == [["a"], ["c", "d"]]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.planner.slices import Interval, Slicing, StageMember, slice_layers, whole_blocks
+from services.planner.slices import Interval, Slicing, StageShape, slice_layers
 from shared.messages import ModelCosts
 
 NUM_LAYERS = 6
@@ -30,8 +30,8 @@ def member(
     memory_bytes: int = 1200,
     held: tuple[Interval, ...] = ((0, NUM_LAYERS),),
     model: ModelCosts | None = None,
-) -> StageMember:
-    return StageMember("w", memory_bytes, held, model or costs())
+) -> StageShape:
+    return StageShape(memory_bytes, held, model or costs(), NUM_LAYERS)
 
 
 def sizes(slicing: Slicing | None) -> list[int]:
@@ -40,7 +40,7 @@ def sizes(slicing: Slicing | None) -> list[int]:
 
 
 def evaluate(
-    members: list[StageMember], order: tuple[int, ...], cuts: tuple[int, ...]
+    members: list[StageShape], order: tuple[int, ...], cuts: tuple[int, ...]
 ) -> tuple[int, int, float] | None:
     """(fetched, blocks, slowest) of one division, by the definitions; None: no room."""
     fetched, blocks, slowest = 0, [], 0.0
@@ -62,7 +62,7 @@ def evaluate(
     return (fetched, min(blocks), slowest) if min(blocks) >= 1 else None
 
 
-def brute_force(members: list[StageMember], wanted: int) -> tuple[int, int, float] | None:
+def brute_force(members: list[StageShape], wanted: int) -> tuple[int, int, float] | None:
     """The best of all orders and cuts: (fetched, blocks up to the wanted ones, slowest)."""
     found = []
     for order in permutations(range(len(members))):
@@ -77,9 +77,9 @@ def brute_force(members: list[StageMember], wanted: int) -> tuple[int, int, floa
 
 
 @st.composite
-def members_of_one_cut(draw: st.DrawFn) -> list[StageMember]:
+def members_of_one_cut(draw: st.DrawFn) -> list[StageShape]:
     """Members as they arise: merged pipelines, whose slices are staggered, and replicas."""
-    members: list[StageMember] = []
+    members: list[StageShape] = []
     for _ in range(draw(st.integers(1, 2))):
         inner = draw(st.sets(st.integers(1, NUM_LAYERS - 1), max_size=2))
         for start, end in pairwise([0, *sorted(inner), NUM_LAYERS]):
@@ -94,10 +94,10 @@ def members_of_one_cut(draw: st.DrawFn) -> list[StageMember]:
 
 @given(members=members_of_one_cut(), wanted=st.integers(1, 900))
 def test_a_slicing_is_valid_and_as_good_as_the_best_that_only_drops(
-    members: list[StageMember], wanted: int
+    members: list[StageShape], wanted: int
 ) -> None:
     best = brute_force(members, wanted)
-    slicing = slice_layers(members, NUM_LAYERS, wanted)
+    slicing = slice_layers(members, wanted)
     if best is None:
         assert slicing is None
         return
@@ -121,7 +121,7 @@ def test_equal_replicas_get_the_best_slices_there_are(
     head_seconds: float, num_members: int, wanted: int
 ) -> None:
     members = [member(model=costs(head_seconds=head_seconds))] * num_members
-    slicing = slice_layers(members, NUM_LAYERS, wanted)
+    slicing = slice_layers(members, wanted)
     assert slicing is not None
     best = brute_force(members, wanted) if num_members <= 4 else None
     if best is not None:
@@ -131,14 +131,14 @@ def test_equal_replicas_get_the_best_slices_there_are(
 
 
 def test_the_lm_head_takes_layers_from_the_last_stage() -> None:
-    assert sizes(slice_layers([member()] * 2, NUM_LAYERS, 1)) == [3, 3]
+    assert sizes(slice_layers([member()] * 2, 1)) == [3, 3]
     heavy = costs(head_seconds=2.0)
-    assert sizes(slice_layers([member(model=heavy)] * 2, NUM_LAYERS, 1)) == [4, 2]
+    assert sizes(slice_layers([member(model=heavy)] * 2, 1)) == [4, 2]
 
 
 def test_a_fast_stage_does_not_cost_the_blocks_that_are_needed() -> None:
     members = [member(model=costs(head_seconds=4.0))] * 2
-    fast, roomy = slice_layers(members, NUM_LAYERS, 1), slice_layers(members, NUM_LAYERS, 10**9)
+    fast, roomy = slice_layers(members, 1), slice_layers(members, 10**9)
     assert fast is not None
     assert roomy is not None
     assert fast.slowest_seconds < roomy.slowest_seconds
@@ -147,19 +147,19 @@ def test_a_fast_stage_does_not_cost_the_blocks_that_are_needed() -> None:
 
 def test_unmeasured_layers_count_by_their_bytes() -> None:
     model = costs(layer_seconds=0.0, head_weight_bytes=200)
-    assert sizes(slice_layers([member(model=model)] * 2, NUM_LAYERS, 1)) == [4, 2]
+    assert sizes(slice_layers([member(model=model)] * 2, 1)) == [4, 2]
 
 
 def test_a_slower_worker_gets_fewer_layers() -> None:
     members = [member(model=costs(layer_seconds=2.0)), member()]
-    assert sizes(slice_layers(members, NUM_LAYERS, 1)) == [2, 4]
+    assert sizes(slice_layers(members, 1)) == [2, 4]
 
 
 def test_merged_pipelines_interleave_without_fetching() -> None:
     half = NUM_LAYERS // 2
     low, high = ((0, half),), ((half, NUM_LAYERS),)
     members = [member(held=low), member(held=high), member(held=low), member(held=high)]
-    slicing = slice_layers(members, NUM_LAYERS, 1)
+    slicing = slice_layers(members, 1)
     assert slicing is not None
     assert slicing.num_fetched == 0
     assert [members[index].held for index in slicing.members] == [low, low, high, high]
@@ -167,16 +167,16 @@ def test_merged_pipelines_interleave_without_fetching() -> None:
 
 def test_where_dropping_does_not_do_the_fewest_layers_are_fetched() -> None:
     members = [member(held=((0, 2),)), member(held=((1, 3),))]
-    slicing = slice_layers(members, NUM_LAYERS, 1)
+    slicing = slice_layers(members, 1)
     assert slicing is not None
     assert slicing.num_fetched == 3
 
 
 def test_more_members_than_layers_or_no_room_for_a_block_is_no_pipeline() -> None:
-    assert slice_layers([member()] * (NUM_LAYERS + 1), NUM_LAYERS, 1) is None
-    assert slice_layers([member(memory_bytes=200)] * 2, NUM_LAYERS, 1) is None
+    assert slice_layers([member()] * (NUM_LAYERS + 1), 1) is None
+    assert slice_layers([member(memory_bytes=200)] * 2, 1) is None
 
 
 def test_blocks_of_a_replica() -> None:
-    assert whole_blocks(member(), NUM_LAYERS) == 100
-    assert whole_blocks(member(memory_bytes=10), NUM_LAYERS) == 0
+    assert member().whole_blocks == 100
+    assert member(memory_bytes=10).whole_blocks == 0
