@@ -98,6 +98,18 @@ def _drain() -> Program[Any]:
     return DRAIN
 
 
+def _drop() -> Program[Any]:
+    from services.cluster.layout_orders import DROP
+
+    return DROP
+
+
+def _restore() -> Program[Any]:
+    from services.cluster.layout_orders import RESTORE
+
+    return RESTORE
+
+
 def _bench() -> Program[Any]:
     from services.cluster.bench import BENCH
 
@@ -117,6 +129,8 @@ COMMANDS = {
     "worker": Command("run one worker: a device with the model on it", _worker),
     "status": Command("show the layout and the load of a running cluster", _status),
     "health": Command("exit with 0 if a service is healthy, with 1 if not", _health),
+    "drop": Command("give replicated layers to the KV cache now", _drop),
+    "restore": Command("make whole replicas of pipelines again now", _restore),
     "drain": Command("let a worker finish what it runs and take no more", _drain),
     "bench": Command("put load on a running cluster and measure it", _bench),
     "doctor": Command("check whether this machine can run KunServe", _doctor),

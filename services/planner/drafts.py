@@ -61,9 +61,9 @@ def redraft(inputs: Inputs, previous: Plan) -> Plan:
         epoch += 1
     deadline = previous.deadline_at
     if deadline is not None and previous.phase is PlanPhase.PREPARE:
-        deadline = max(deadline, inputs.timing.prepare_deadline(previous.state, inputs.now))
+        deadline = inputs.timing.prepare_deadline(previous.state, inputs.now)
     elif deadline is not None:
-        deadline = max(deadline, inputs.now + inputs.timing.commit_seconds)
+        deadline = inputs.now + inputs.timing.commit_seconds
     return previous.model_copy(update={"term": term, "epoch": epoch, "deadline_at": deadline})
 
 

@@ -47,6 +47,8 @@ def create_app(
             web.get("/cluster", operations.cluster),
             web.get("/openapi.json", openapi),
             web.post("/admin/drain", operations.drain),
+            web.post("/admin/drop", operations.drop),
+            web.post("/admin/restore", operations.restore),
         ]
     )
     return app

@@ -13,6 +13,7 @@ from services.router.api.schemas import (
     CompletionRequest,
     DetokenizeRequest,
     DrainRequest,
+    LayoutRequest,
     TokenizeRequest,
 )
 
@@ -22,6 +23,8 @@ _POSTS: dict[str, tuple[str, type[BaseModel]]] = {
     "/tokenize": ("Token ids of a text", TokenizeRequest),
     "/detokenize": ("Text of token ids", DetokenizeRequest),
     "/admin/drain": ("Let a worker finish and take no new requests", DrainRequest),
+    "/admin/drop": ("Give replicated layers to the KV cache now", LayoutRequest),
+    "/admin/restore": ("Make whole replicas of pipelines again now", LayoutRequest),
 }
 _GETS = {
     "/v1/models": "The served model",

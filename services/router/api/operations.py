@@ -12,7 +12,8 @@ from aiohttp import web
 
 from services.router.api.body import read_body
 from services.router.api.context import ApiContext
-from services.router.api.schemas import DrainRequest
+from services.router.api.plan_view import plan_view
+from services.router.api.schemas import DrainRequest, LayoutRequest
 from services.router.cluster_view import cluster_view
 from services.router.errors import BadRequestError, UnavailableError
 from shared.bus.base import BusError
@@ -64,6 +65,31 @@ class OperationsApi:
         """Have the planner drain a worker."""
         body = await read_body(request, DrainRequest)
         wish = AdminRequest(action=AdminAction.DRAIN, workers=(body.worker,))
+        reply = await self._ask_planner(wish, param="worker")
+        return web.json_response({"worker": body.worker, "detail": reply.detail})
+
+    async def drop(self, request: web.Request) -> web.Response:
+        """Have the planner free copies of layers now; answers with the plan."""
+        return await self._change_layout(request, AdminAction.DROP)
+
+    async def restore(self, request: web.Request) -> web.Response:
+        """Have the planner make replicas again; answers with the plan."""
+        return await self._change_layout(request, AdminAction.RESTORE)
+
+    async def _change_layout(self, request: web.Request, action: AdminAction) -> web.Response:
+        body = await read_body(request, LayoutRequest)
+        wish = AdminRequest(
+            action=action,
+            workers=tuple(body.workers),
+            dry_run=body.dry_run,
+            hold_seconds=body.hold_seconds,
+        )
+        reply = await self._ask_planner(wish, param="workers")
+        plan = plan_view(reply.plan) if reply.plan is not None else None
+        return web.json_response({"detail": reply.detail, "plan": plan})
+
+    async def _ask_planner(self, wish: AdminRequest, *, param: str) -> AdminReply:
+        """The planner's consent; raises BadRequestError, UnavailableError."""
         try:
             answer = await self._context.bus.request(
                 self._context.subjects.admin,
@@ -74,8 +100,8 @@ class OperationsApi:
         except (BusError, MessageError) as error:
             raise UnavailableError(f"no planner answered: {error}") from error
         if reply.error:
-            raise BadRequestError(reply.error, param="worker")
-        return web.json_response({"worker": body.worker, "detail": reply.detail})
+            raise BadRequestError(reply.error, param=param)
+        return reply
 
     def _reasons(self) -> list[str]:
         """Why a request would not succeed now."""

@@ -169,3 +169,17 @@ class DrainRequest(BaseModel):
     model_config = ConfigDict(strict=True)
 
     worker: str = Field(min_length=1)
+
+
+class LayoutRequest(BaseModel):
+    """Body of `POST /admin/drop` and `POST /admin/restore`."""
+
+    model_config = ConfigDict(strict=True)
+
+    workers: list[str] = Field(
+        default_factory=list, description="ids of workers; none: the whole cluster"
+    )
+    dry_run: bool = Field(default=False, description="only show the plan")
+    hold_seconds: float | None = Field(
+        default=None, ge=0.0, description="how long the planner must not undo it by itself"
+    )

@@ -15,7 +15,7 @@ from services.planner.layout_policy import replica
 from services.planner.pressure import GroupLoad
 from shared.layout import GroupPlan, MemberPlan, Plan, Span
 from shared.messages import ModelCosts
-from tests.planner_support import NUM_LAYERS, plan_for, worker_info, workers
+from tests.planner_support import COPY_BLOCKS, NUM_LAYERS, plan_for, worker_info, workers
 
 LOAD = GroupLoad(total_blocks=100, used_blocks=0, waiting_blocks=0)
 
@@ -95,11 +95,9 @@ def test_partners_of_the_same_host_come_first() -> None:
     assert merged(choose_merges(alone, 1, NUM_LAYERS)) == [{"a", "c"}]
 
 
-@pytest.mark.parametrize(("lacking", "copies"), [(0, 1), (1, 1), (131072, 1), (131073, 2)])
+@pytest.mark.parametrize(("lacking", "copies"), [(0, 1), (1, 1), (1024, 1), (1025, 2)])
 def test_the_copies_to_free_hold_what_is_lacking(lacking: int, copies: int) -> None:
     candidates = candidates_of({"a": 0, "b": 0})
-    info = worker_info("a", free_bytes=0, weight_bytes=2**27, kv_block_bytes=1024)
-    candidates = make_candidates([replica("a", 4)], {"a": info}, {})
     assert copies_to_free(lacking, candidates) == copies
 
 
@@ -118,8 +116,7 @@ def test_a_pair_gets_more_blocks_than_two_replicas_and_one_copy() -> None:
     assert pair.epoch == 7
     assert [member.incarnation for member in pair.members] == ["1", "1"]
     before = sum(c.capacity_blocks for c in make_candidates(plan.groups, living, {}))
-    copy_blocks = 2**29 // 1024
-    assert dropped.capacity_blocks == before + copy_blocks
+    assert dropped.capacity_blocks == before + COPY_BLOCKS
 
 
 def test_the_more_loaded_worker_leads_the_pair() -> None:
@@ -147,7 +144,7 @@ def test_a_group_that_has_no_room_for_its_slices_stays_apart() -> None:
         embedding_weight_bytes=2**30,
         head_weight_bytes=2**30,
         whole_weight_bytes=2**29,
-        kv_layer_block_bytes=256,
+        kv_layer_block_bytes=2**17,
     )
     living = {w: worker_info(w, costs=tight) for w in "ab"}
     groups = plan_for("a", "b").groups
