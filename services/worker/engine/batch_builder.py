@@ -27,7 +27,7 @@ from services.worker.engine.config import SchedulerConfig
 from services.worker.engine.cost_model import ChunkShape
 from services.worker.engine.exchange import exchange_order
 from services.worker.engine.outputs import ScheduledRequest, SchedulerOutput
-from services.worker.engine.pacing import PrefillPacer, decode_share
+from services.worker.engine.pacing import DecodeShare, PrefillPacer
 from services.worker.engine.request import Request, RequestStatus
 from services.worker.engine.request_pool import RequestPool
 from services.worker.engine.routes import Route
@@ -69,7 +69,10 @@ class BatchBuilder:
 
     def output(self, step: int) -> SchedulerOutput:
         """The batch, numbered."""
-        return SchedulerOutput(step, tuple(self.scheduled), tuple(self.preempted), self._route)
+        released = self._pool.blocks.releases.pending(self._route.worker_ids)
+        return SchedulerOutput(
+            step, tuple(self.scheduled), tuple(self.preempted), self._route, released
+        )
 
     # --- the passes ------------------------------------------------------------------------------
 
@@ -78,16 +81,17 @@ class BatchBuilder:
 
         Returns the cost of those that are in the batch.
         """
-        model = self._pacer.model
         decodes = [r for r in self._members if r.num_uncomputed_tokens - r.num_scheduled_tokens < 2]
-        total_cost = sum(model.decode_cost(request.num_computed_tokens) for request in decodes)
+        share = DecodeShare(decodes, self._route.num_stages, self._pacer.model)
         ready = [request for request in decodes if self._is_ready(request)]
-        cost = 0.0
-        for request in decode_share(ready, total_cost, self._route.num_stages, model):
-            if self._budget > 0 and self._is_ready(request) and self._make_room(request):
+        for request in share.in_turn(ready):
+            if self._budget == 0 or share.is_taken:
+                break
+            if self._is_ready(request) and self._make_room(request):
                 self._take(request, 1)
-                cost += model.decode_cost(request.num_computed_tokens)
-        return cost
+                share.take(request)
+        self.scheduled.sort(key=lambda item: item.request.arrival_seconds)
+        return share.cost
 
     def _schedule_prefills(self) -> None:
         """Second pass."""

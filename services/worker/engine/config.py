@@ -35,8 +35,8 @@ class SchedulerConfig:
         recovery_watermark: the same for the return of a preempted request, where it is larger, so
             that it is not preempted again at once.
         chunk_policy: how prefill is cut on a pipeline; one worker alone cuts by token count.
-        min_prefill_tokens: on a pipeline, a batch has at least this many tokens of prefill, if so
-            many are queued; fewer would not use the device well.
+        min_prefill_tokens: on a pipeline, batches have at least this many tokens of prefill on
+            average, if so many are queued; fewer would not use the device well.
     """
 
     max_num_batched_tokens: int

@@ -60,7 +60,10 @@ class PredictionError(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Predicts the seconds that one stage takes for a batch. `0 <= lam <= gamma`, all >= 0."""
+    """Predicts the seconds that one stage takes for a batch.
+
+    `0 <= lam <= gamma`, `alpha >= 0`, `beta >= 0`, not both 0.
+    """
 
     alpha: float
     beta: float
@@ -102,8 +105,7 @@ class CostModel:
         if seconds <= 0.0:
             return 0.0
         linear = self.alpha * (num_prefix_tokens + 0.5) + self.beta
-        denominator = linear + math.sqrt(linear * linear + 2.0 * self.alpha * seconds)
-        return math.inf if denominator == 0.0 else 2.0 * seconds / denominator
+        return 2.0 * seconds / (linear + math.sqrt(linear * linear + 2.0 * self.alpha * seconds))
 
     def prediction_error(self, samples: Sequence[CostSample]) -> PredictionError:
         """Relative error over `samples`, best over ones that the fit has not seen."""
@@ -136,7 +138,8 @@ def fit_cost_model(samples: Sequence[CostSample]) -> CostModel:
     that happen to be non-negative.
 
     Raises:
-        CostModelError: fewer than four samples, or one without chunks or time.
+        CostModelError: fewer than four samples, or one without chunks or time; or they do not show
+            that tokens cost time.
     """
     if len(samples) < 4 or not all(s.chunks and s.seconds > 0.0 for s in samples):
         raise CostModelError("a cost model needs four timed batches or more, none of them empty")

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from services.worker.engine.block_manager import BlockIntegrityError, BlockManager, BlockMove
-from services.worker.engine.request import KvKey, Request
+from services.worker.engine.releases import Releases
+from services.worker.engine.request import Request
 from services.worker.engine.routes import Route, WorkerId
 from services.worker.engine.stage_blocks import StageBlocks, StageCapacityError
 from services.worker.engine.stage_booking import StageBooking
@@ -23,14 +24,15 @@ class GroupBlocks:
 
     Attributes:
         stage: what this worker holds for requests that others schedule.
+        releases: whose blocks other workers shall free.
     """
 
     def __init__(self, local: BlockManager, worker_id: WorkerId) -> None:
         self.stage = StageBlocks(local)
+        self.releases = Releases()
         self._local = local
         self._worker_id = worker_id
         self._bookings: dict[WorkerId, StageBooking] = {}
-        self._released: dict[WorkerId, list[KvKey]] = {}
 
     # --- what is there ---------------------------------------------------------------------------
 
@@ -42,8 +44,7 @@ class GroupBlocks:
         """Blocks on a worker that requests of this scheduler may use, free or not."""
         if worker_id != self._worker_id:
             return self._booking(worker_id).num_blocks
-        lent = self.stage.num_used_blocks + self.stage.num_reserved_blocks
-        return self._local.num_blocks - lent
+        return self._local.num_blocks - self.stage.num_granted_blocks
 
     def num_free(self, worker_id: WorkerId) -> int:
         """Blocks on a worker that may still be allocated."""
@@ -128,18 +129,12 @@ class GroupBlocks:
         key = request.kv_key
         for worker_id, booking in self._bookings.items():
             if worker_id not in kept and booking.release(key):
-                self._released.setdefault(worker_id, []).append(key)
-
-    def take_released(self) -> dict[WorkerId, tuple[KvKey, ...]]:
-        """Whose blocks each worker shall free, since the last call."""
-        released = {worker_id: tuple(keys) for worker_id, keys in self._released.items()}
-        self._released.clear()
-        return released
+                self.releases.add(worker_id, key)
 
     # --- requests that come and go with their KV -------------------------------------------------
 
     def adopt(self, request: Request, origin: Route) -> None:
-        """Take over the blocks of a request that another worker scheduled, where they lie.
+        """Take over a request that another worker scheduled: its blocks, and the grants of them.
 
         KeyError, nothing having changed, if some should be here and are not.
         """
@@ -148,30 +143,43 @@ class GroupBlocks:
         num_blocks = self._local.blocks_for(request.num_computed_tokens)
         for worker_id in origin.worker_ids:
             if worker_id != self._worker_id:
-                self._booking(worker_id).hold(request.kv_key, num_blocks)
+                booking = self._booking(worker_id)
+                booking.hold(request.kv_key, num_blocks)
+                booking.num_blocks += num_blocks
 
     def hand_over(self, request: Request) -> None:
         """Leave the blocks of `request` where they lie; another scheduler answers for them.
 
-        Those on this worker are held under its key from now on. What is booked elsewhere is
-        forgotten, and the grant there goes with it.
+        Those on this worker are held under its key from now on. The grants of those elsewhere go
+        with the request.
         """
         if request.block_table:
             self.stage.hold(request.kv_key, list(request.block_table), request.num_computed_tokens)
             request.block_table.clear()
         for booking in self._bookings.values():
-            booking.num_blocks = max(0, booking.num_blocks - booking.release(request.kv_key))
+            booking.num_blocks -= booking.release(request.kv_key)
 
     # --- size ------------------------------------------------------------------------------------
 
-    def set_capacity(self, worker_id: WorkerId, num_blocks: int) -> None:
-        """Take note of what another worker granted."""
-        self._booking(worker_id).num_blocks = num_blocks
+    def add_capacity(self, worker_id: WorkerId, num_blocks: int) -> None:
+        """Take note that another worker granted `num_blocks` more (`StageBlocks.lend`)."""
+        self._booking(worker_id).num_blocks += num_blocks
+
+    def give_back(self, worker_id: WorkerId, num_kept: int = 0) -> int:
+        """Do without what another worker granted, but for `num_kept` blocks and those in use.
+
+        Returns how many that are; the worker is to be told (`StageBlocks.take_back`), behind the
+        keys released so far.
+        """
+        booking = self._booking(worker_id)
+        num_blocks = max(0, booking.num_blocks - max(num_kept, booking.num_used_blocks))
+        booking.num_blocks -= num_blocks
+        return num_blocks
 
     def forget_worker(self, worker_id: WorkerId) -> None:
         """Drop everything booked on a worker, and what it was to be told."""
         self._bookings.pop(worker_id, None)
-        self._released.pop(worker_id, None)
+        self.releases.forget_worker(worker_id)
 
     def grow(self, num_blocks: int) -> None:
         """Add blocks to this worker's pool; see `BlockManager.grow`."""
@@ -185,10 +193,10 @@ class GroupBlocks:
         Raises:
             StageCapacityError: own requests hold more; nothing has changed.
         """
-        lent = self.stage.num_used_blocks + self.stage.num_reserved_blocks
+        num_left = num_blocks + self.stage.num_granted_blocks
         moves = None
         if self.num_used(self._worker_id) <= num_blocks:
-            moves = self._local.shrink(num_blocks + lent, (*requests, *self.stage.owners))
+            moves = self._local.shrink(num_left, (*requests, *self.stage.owners))
         if moves is None:
             raise StageCapacityError(f"requests hold more than {num_blocks} blocks")
         return moves

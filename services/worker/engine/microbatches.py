@@ -1,8 +1,8 @@
 """Cuts queued prefill work into microbatches of equal cost, so that a pipeline has no bubbles.
 
 The lookahead formulation of the KunServe paper (section 4.3): all queued tokens are one batch
-first; a batch is split into two halves of equal cost, which may cut a request, until its halves
-would be too small to use the device well.
+first; batches are split into two halves of equal cost, which may cut a request, until they would be
+too small to use the device well.
 
     | r0 r0 r0 r0 r0 r0 | r1 r1 | r2 r2 r2 r2 r2 |          one batch, cost 16
     | r0 r0 r0 r0 r0 . . . | . r0 | r1 r1 | r2 r2 ...|      cost 8 + 8
@@ -33,19 +33,31 @@ Microbatch = tuple[PrefillChunk, ...]
 
 
 def formulate(
-    work: Sequence[ChunkShape], model: CostModel, min_tokens: int
+    work: Sequence[ChunkShape], model: CostModel, min_tokens: int, max_tokens: int
 ) -> tuple[Microbatch, ...]:
     """Split the tokens of all requests into microbatches of about equal cost, in order.
 
+    All batches are split equally often, for only then their costs are equal.
+
     Args:
         work: what each request has to compute, in the order in which requests are served.
-        min_tokens: a batch is split as long as both halves have as many tokens.
+        min_tokens: batches have as many tokens on average, if there are so many. Fewer than that
+            has only a batch whose tokens are dear, behind a long prefix.
+        max_tokens: no batch has more, even if that makes the others small.
 
     Returns:
         Batches in order; the chunks of a request are in order and join without gaps.
     """
     chunks = tuple(PrefillChunk(i, *shape) for i, shape in enumerate(work) if shape.num_tokens > 0)
-    return tuple(_halve(chunks, model, min_tokens)) if chunks else ()
+    if not chunks:
+        return ()
+    batches, num_tokens = [chunks], _num_tokens(chunks)
+    while (
+        num_tokens >= 2 * min_tokens * len(batches)
+        or max(_num_tokens(batch) for batch in batches) > max_tokens
+    ):
+        batches = [half for batch in batches for half in split(batch, model) if half]
+    return tuple(batches)
 
 
 def batch_cost(batch: Microbatch, model: CostModel) -> float:
@@ -53,17 +65,13 @@ def batch_cost(batch: Microbatch, model: CostModel) -> float:
     return model.batch_cost(chunk.shape for chunk in batch)
 
 
-def _halve(batch: Microbatch, model: CostModel, min_tokens: int) -> list[Microbatch]:
-    if _num_tokens(batch) < 2 * min_tokens:
-        return [batch]
-    first, second = split(batch, model)
-    if min(_num_tokens(first), _num_tokens(second)) < min_tokens:
-        return [batch]
-    return [*_halve(first, model, min_tokens), *_halve(second, model, min_tokens)]
-
-
 def split(batch: Microbatch, model: CostModel) -> tuple[Microbatch, Microbatch]:
-    """Cut `batch` where the costs of the two halves differ least; may cut inside a request."""
+    """Cut `batch` where the costs of the two halves differ least; may cut inside a request.
+
+    Neither half is empty, unless the batch is a single token.
+    """
+    if _num_tokens(batch) < 2:
+        return batch, ()
     costs = [model.marginal_cost(chunk.shape) for chunk in batch]
     total, before, position = sum(costs), 0.0, 0
     while position < len(batch) - 1 and before + costs[position] <= total / 2:
@@ -73,9 +81,8 @@ def split(batch: Microbatch, model: CostModel) -> tuple[Microbatch, Microbatch]:
     # A cut inside this chunk makes one chunk more, which costs `cut_cost`.
     cut_cost = model.gamma - model.lam
     num_tokens = model.chunk_tokens(chunk.num_prefix_tokens, (total + cut_cost) / 2 - before)
-    # Not before it, if nothing is left of it, and so on: the best of the few whole numbers around.
-    nearest = int(min(num_tokens, chunk.num_tokens))
-    candidates = {0, nearest, min(nearest + 1, chunk.num_tokens), chunk.num_tokens}
+    floor = int(min(num_tokens, chunk.num_tokens))
+    candidates = {0, 1, floor, floor + 1, chunk.num_tokens - 1, chunk.num_tokens}
 
     def imbalance(num_first: int) -> float:
         shape = ChunkShape(chunk.num_prefix_tokens, num_first)
@@ -83,7 +90,10 @@ def split(batch: Microbatch, model: CostModel) -> tuple[Microbatch, Microbatch]:
         whole = total + (cut_cost if 0 < num_first < chunk.num_tokens else 0.0)
         return abs(2 * first - whole)
 
-    return _cut(batch, position, min(sorted(candidates), key=imbalance))
+    least = 1 if position == 0 else 0  # neither half may be empty
+    most = chunk.num_tokens - 1 if position == len(batch) - 1 else chunk.num_tokens
+    valid = sorted(n for n in candidates if least <= n <= most)
+    return _cut(batch, position, min(valid, key=imbalance))
 
 
 def _cut(batch: Microbatch, position: int, num_first: int) -> tuple[Microbatch, Microbatch]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from services.worker.engine.releases import ReleasedKeys
 from services.worker.engine.request import Request
 from services.worker.engine.routes import REPLICA, Route
 from shared.messages import FinishReason, GenerateStatus
@@ -27,12 +28,14 @@ class SchedulerOutput:
         step: counts the non-empty batches of this scheduler; 0 for an empty one.
         preempted: requests that lost their blocks while this batch was made.
         route: the stages that compute it.
+        released: keys that its stages free before they compute it.
     """
 
     step: int
     scheduled: tuple[ScheduledRequest, ...]
     preempted: tuple[Request, ...] = ()
     route: Route = REPLICA
+    released: ReleasedKeys = field(default_factory=dict)
 
     @property
     def num_scheduled_tokens(self) -> int:

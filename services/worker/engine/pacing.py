@@ -23,25 +23,41 @@ from services.worker.engine.request import Request
 _MIN_PIECE_TOKENS = 16
 
 
-def decode_share(
-    ready: Sequence[Request], total_cost: float, num_stages: int, model: CostModel
-) -> list[Request]:
-    """The decodes for the next batch, oldest first.
+class DecodeShare:
+    """The decodes of one batch on a pipeline: an equal part of the cost of all of them."""
 
-    Args:
-        ready: requests that wait for their next token, oldest first.
-        total_cost: `decode_cost` of all requests that decode on the route, in flight or not.
-    """
-    if num_stages == 1:
-        return list(ready)
-    target = total_cost / num_stages * (1.0 - 1e-9)  # sums of floats may miss it by a little
-    chosen, cost = set(), 0.0
-    for request in sorted(ready, key=lambda request: request.last_step):
-        chosen.add(id(request))
-        cost += model.decode_cost(request.num_computed_tokens)
-        if cost >= target:
-            break
-    return [request for request in ready if id(request) in chosen]
+    def __init__(self, decodes: Sequence[Request], num_stages: int, model: CostModel) -> None:
+        """Divide by `num_stages`.
+
+        Args:
+            decodes: all requests that decode on the route, in flight or not.
+        """
+        self.cost = 0.0
+        self._num_stages = num_stages
+        self._model = model
+        self._limit = math.inf
+        if num_stages > 1:
+            total = sum(model.decode_cost(request.num_computed_tokens) for request in decodes)
+            self._limit = total / num_stages * (1.0 - 1e-9)  # sums of floats differ a little
+
+    def in_turn(self, ready: Sequence[Request]) -> list[Request]:
+        """`ready`, oldest first, in the order in which they are to be tried.
+
+        Where not all may come along those that waited longest go first. Who finds no block is
+        passed over, so that it cannot keep the others from their turn.
+        """
+        if self._num_stages == 1:
+            return list(ready)
+        return sorted(ready, key=lambda request: request.last_step)
+
+    @property
+    def is_taken(self) -> bool:
+        """True if the batch has its share."""
+        return self.cost >= self._limit
+
+    def take(self, request: Request) -> None:
+        """Count a request that is in the batch."""
+        self.cost += self._model.decode_cost(request.num_computed_tokens)
 
 
 class PrefillPacer:
@@ -51,6 +67,7 @@ class PrefillPacer:
         self.model = model
         self._config = config
         self._num_stages = num_stages
+        self._piece_tokens = min(_MIN_PIECE_TOKENS, config.min_prefill_tokens)
         self._batch_cost = 0.0
         self._num_batches_left = 0
 
@@ -70,7 +87,7 @@ class PrefillPacer:
         min_tokens = self._config.min_prefill_tokens
         if len(work) <= self._num_stages or num_tokens < 2 * self._num_stages * min_tokens:
             return
-        batches = formulate(work, self.model, min_tokens)
+        batches = formulate(work, self.model, min_tokens, self._config.max_num_batched_tokens)
         self._num_batches_left = len(batches)
         costs = (self.model.marginal_cost(chunk.shape) for batch in batches for chunk in batch)
         self._batch_cost = math.fsum(costs) / len(batches)
@@ -90,16 +107,16 @@ class PrefillPacer:
 
     def is_spent(self, cost_left: float) -> bool:
         """True if another piece would come nowhere near `cost_left`."""
-        return cost_left <= 0.0 or cost_left < self._cost_of_new(_MIN_PIECE_TOKENS) / 2
+        return cost_left <= 0.0 or cost_left < self._cost_of_new(self._piece_tokens) / 2
 
     def chunk_tokens(self, chunk: ChunkShape, cost_left: float) -> int:
         """How many tokens of `chunk` cost about `cost_left`, without pieces of no use."""
         if math.isinf(cost_left):
             return chunk.num_tokens
         num_tokens = self.model.chunk_tokens(chunk.num_prefix_tokens, cost_left)
-        if num_tokens >= chunk.num_tokens - _MIN_PIECE_TOKENS / 2:
+        if num_tokens >= chunk.num_tokens - self._piece_tokens / 2:
             return chunk.num_tokens
-        return min(chunk.num_tokens, max(_MIN_PIECE_TOKENS, round(num_tokens)))
+        return min(chunk.num_tokens, max(self._piece_tokens, round(num_tokens)))
 
     def _cost_of_new(self, num_tokens: int) -> float:
         return self.model.marginal_cost(ChunkShape(0, num_tokens))

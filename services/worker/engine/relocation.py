@@ -12,7 +12,7 @@ Called by the worker's transition, between batches; decides, and leaves bytes to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from services.worker.engine.exchange import Exchange, exchange_order
 from services.worker.engine.request import KvKey, Request, RequestKey, RequestStatus
@@ -51,13 +51,18 @@ class Relocation:
         strays = [request for request in pool.running if request.route != pool.route]
         return [*pool.parked, *pool.exchanging, *strays]
 
+    @property
+    def exchanges(self) -> Mapping[RequestKey, Exchange]:
+        """What each parked or exchanging request waits for."""
+        return self._pool.exchanges
+
     # --- the layout changes ----------------------------------------------------------------------
 
     def enter(self, route: Route) -> None:
         """Admit requests without KV to `route` from now on.
 
-        What its other members grant is said by `GroupBlocks.set_capacity`; nothing is scheduled on
-        a stage before. Requests that run stay where they are.
+        Nothing is scheduled before its other members have granted blocks (`add_capacity`).
+        Requests that run stay where they are.
         """
         self._check_leads(route)
         self._pool.route = route
@@ -152,8 +157,9 @@ class Relocation:
     def start_exchanges(self, max_in_progress: int) -> list[Exchange]:
         """Begin exchanges, fewest bytes first, until `max_in_progress` are under way.
 
-        The caller orders the `transfers` of each that is returned; one without transfers runs again
-        at once. Call it again whenever an exchange ends. Where a stage has no room the first in
+        The caller orders the `transfers` of each that is returned, and tells each destination first
+        what it shall free (`Releases.pending`); one without transfers runs again at once. Call it
+        again whenever an exchange ends. Where a stage has no room the first in
         line waits for requests that run or travel; if there are none it is given up.
         """
         pool = self._pool

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 
 from services.worker.engine.batch_builder import BatchBuilder
-from services.worker.engine.block_manager import BlockManager, BlockMove
+from services.worker.engine.block_manager import BlockManager
 from services.worker.engine.config import SchedulerConfig
 from services.worker.engine.cost_model import TOKEN_COUNT, CostModel
 from services.worker.engine.group_blocks import GroupBlocks
@@ -40,10 +40,16 @@ from services.worker.engine.outputs import (
     StepResult,
 )
 from services.worker.engine.relocation import Relocation
-from services.worker.engine.request import KvKey, Request, RequestKey, RequestStatus
+from services.worker.engine.request import Request, RequestKey, RequestStatus
 from services.worker.engine.request_pool import RequestPool
 from services.worker.engine.routes import REPLICA, Route, WorkerId
-from services.worker.engine.shrinking import ShrinkError, ShrinkPlan, apply_shrink, plan_shrink
+from services.worker.engine.shrinking import (
+    ShrinkError,
+    ShrinkPlan,
+    ShrinkResult,
+    apply_shrink,
+    plan_shrink,
+)
 from services.worker.engine.stopping import finish_reason
 from shared.errors import ConfigError
 from shared.messages import FinishReason, GenerateStatus
@@ -183,11 +189,8 @@ class Scheduler:
         """
         return plan_shrink(self._pool, targets, self._config.max_model_len)
 
-    def shrink(self, plan: ShrinkPlan) -> list[BlockMove]:
-        """Do it; the other workers may be told that their grant is smaller now.
-
-        Returns:
-            Copies to make on this worker before it unmaps what lies behind its last block.
+    def shrink(self, plan: ShrinkPlan) -> ShrinkResult:
+        """Preempt and shrink as planned.
 
         Raises:
             ShrinkError: a batch is in flight, or the plan is out of date.
@@ -195,10 +198,6 @@ class Scheduler:
         if self.num_batches_in_flight:
             raise ShrinkError("blocks cannot be taken away while a batch is in flight")
         return apply_shrink(self._pool, plan, self._worker_id)
-
-    def take_released(self) -> dict[WorkerId, tuple[KvKey, ...]]:
-        """Whose blocks each other worker shall free, since the last call."""
-        return self.blocks.take_released()
 
     def lose_worker(self, worker_id: WorkerId) -> list[Request]:
         """Forget all requests with KV on a worker that is gone, and the batches that need it.
@@ -272,6 +271,7 @@ class Scheduler:
             raise ValueError(
                 f"{len(sampled_token_ids)} tokens for {len(output.sampled_requests)} requests"
             )
+        self.blocks.releases.confirm(output.released)
         tokens = iter(sampled_token_ids)
         self._lanes.returned(output)
         results = []

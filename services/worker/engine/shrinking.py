@@ -29,6 +29,20 @@ class ShrinkPlan:
     preempted: tuple[Request, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ShrinkResult:
+    """What remains to be done.
+
+    Attributes:
+        moves: copies that this worker makes before it unmaps what lies behind its last block.
+        given_back: blocks that each other worker is to be told of (`StageBlocks.take_back`),
+            behind the keys released so far.
+    """
+
+    moves: tuple[BlockMove, ...]
+    given_back: Mapping[WorkerId, int]
+
+
 def plan_shrink(
     pool: RequestPool, targets: Mapping[WorkerId, int], max_model_len: int
 ) -> ShrinkPlan:
@@ -60,23 +74,28 @@ def plan_shrink(
     return ShrinkPlan(dict(targets), tuple(preempted))
 
 
-def apply_shrink(pool: RequestPool, plan: ShrinkPlan, worker_id: WorkerId) -> list[BlockMove]:
+def apply_shrink(pool: RequestPool, plan: ShrinkPlan, worker_id: WorkerId) -> ShrinkResult:
     """Preempt and shrink; no batch may be in flight, and nothing may have changed since the plan.
 
-    Returns:
-        Copies that this worker must make before it unmaps its tail.
+    Args:
+        worker_id: this worker.
+
+    Raises:
+        ShrinkError: something has changed.
     """
     for request in plan.preempted:
         pool.preempt(request)
-    moves: list[BlockMove] = []
     for member, num_blocks in plan.targets.items():
         if pool.blocks.num_used(member) > num_blocks:
             raise ShrinkError(f"the plan to shrink {member} to {num_blocks} blocks is out of date")
+    moves: list[BlockMove] = []
+    given_back = {}
+    for member, num_blocks in plan.targets.items():
         if member == worker_id:
             moves = pool.blocks.shrink(num_blocks, pool.requests.values())
         else:
-            pool.blocks.set_capacity(member, num_blocks)
-    return moves
+            given_back[member] = pool.blocks.give_back(member, num_blocks)
+    return ShrinkResult(tuple(moves), given_back)
 
 
 def _youngest_first(pool: RequestPool) -> Iterator[Request]:

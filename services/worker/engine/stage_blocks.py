@@ -4,7 +4,9 @@
            |                     |<-------- granted to the group -------->|
 
 Used by the stage of a pipeline whose leader is elsewhere, and for requests that were handed over
-and whose KV still lies here. The grant is what the leader may book; own requests leave it alone.
+and whose KV still lies here. The grant is the sum of what leaders may book here; own requests leave
+it alone. A request that moves to another scheduler takes the grant of its blocks along, so grants
+change by differences only, and the books of worker and leaders agree in whatever order news arrive.
 """
 
 from __future__ import annotations
@@ -46,13 +48,13 @@ class StageBlocks:
 
     @property
     def num_granted_blocks(self) -> int:
-        """Blocks that the leader may book here."""
+        """Blocks that leaders may book here, those held included."""
         return self._num_granted
 
     @property
     def num_reserved_blocks(self) -> int:
         """Free blocks of the pool that own requests must not take."""
-        return max(0, self._num_granted - self._num_used)
+        return self._num_granted - self._num_used
 
     @property
     def keys(self) -> Sequence[KvKey]:
@@ -64,21 +66,29 @@ class StageBlocks:
         """Everybody here, as owners of blocks."""
         return tuple(self._held.values())
 
-    def grant(self, num_blocks: int) -> None:
-        """Let the leader book `num_blocks` in all.
-
-        Less than is used is allowed: then what is held stays, and nothing comes on top.
+    def lend(self, num_blocks: int) -> None:
+        """Grant `num_blocks` more; the leader is to be told (`GroupBlocks.add_capacity`).
 
         Raises:
-            StageCapacityError: own requests hold too much.
+            StageCapacityError: so many are not free; nothing has changed.
         """
-        num_free = self._pool.num_free_blocks
-        if num_blocks - self._num_used > num_free:
+        num_free = self._pool.num_free_blocks - self.num_reserved_blocks
+        if num_blocks > num_free:
+            raise StageCapacityError(f"cannot grant {num_blocks} blocks, only {num_free} are free")
+        self._num_granted += num_blocks
+
+    def take_back(self, num_blocks: int) -> None:
+        """Take note that a leader gave back `num_blocks` (`GroupBlocks.give_back`).
+
+        Raises:
+            StageCapacityError: more than are granted and not in use; nothing has changed.
+        """
+        if num_blocks > self.num_reserved_blocks:
             raise StageCapacityError(
-                f"cannot grant {num_blocks} blocks: {self._num_used} are in use for the group and"
-                f" {num_free} free"
+                f"{num_blocks} blocks are given back, but {self._num_used} of"
+                f" {self._num_granted} granted ones are in use"
             )
-        self._num_granted = num_blocks
+        self._num_granted -= num_blocks
 
     def extend(self, key: KvKey, num_tokens: int) -> list[int]:
         """The block table of `key`, which afterwards holds `num_tokens` tokens.
@@ -103,9 +113,10 @@ class StageBlocks:
         return self._held[key].block_table
 
     def hold(self, key: KvKey, block_table: list[int], num_tokens: int) -> None:
-        """Take over the blocks of a request that leaves this worker's scheduler."""
+        """Take over the blocks of a request that leaves this worker's scheduler, as granted."""
         self._held[key] = _Held(key.request_id, block_table, num_tokens)
         self._num_used += len(block_table)
+        self._num_granted += len(block_table)
 
     def claim(self, key: KvKey) -> list[int]:
         """Give the blocks of `key` to this worker's scheduler; the grant shrinks by them.
@@ -114,11 +125,11 @@ class StageBlocks:
         """
         held = self._held.pop(key)
         self._num_used -= len(held.block_table)
-        self._num_granted = max(0, self._num_granted - len(held.block_table))
+        self._num_granted -= len(held.block_table)
         return held.block_table
 
     def release(self, key: KvKey) -> bool:
-        """Free what `key` holds; False if that is nothing."""
+        """Free what `key` holds, which stays granted; False if that is nothing."""
         held = self._held.pop(key, None)
         if held is None:
             return False
@@ -137,7 +148,8 @@ class StageBlocks:
         num_held = sum(len(held.block_table) for held in self._held.values())
         if num_held != self._num_used:
             raise BlockIntegrityError(f"{num_held} blocks are held, {self._num_used} are counted")
-        if self._num_granted - self._num_used > self._pool.num_free_blocks:
+        if not 0 <= self.num_reserved_blocks <= self._pool.num_free_blocks:
             raise BlockIntegrityError(
-                f"own requests took blocks of the {self._num_granted} granted to the group"
+                f"of {self._num_granted} granted blocks {self._num_used} are in use, and"
+                f" {self._pool.num_free_blocks} are free"
             )

@@ -14,11 +14,7 @@ from services.worker.engine.request import KvKey
 
 
 class StageBooking:
-    """Counts of one remote stage. `num_blocks` is what its worker granted to the leader's group.
-
-    A request that was adopted keeps what it holds there, granted or not; so more may be used than
-    there is, and then nothing is free.
-    """
+    """Counts of one remote stage. `num_blocks` is what its worker granted to this leader."""
 
     def __init__(self, num_blocks: int = 0) -> None:
         self.num_blocks = num_blocks
@@ -33,7 +29,7 @@ class StageBooking:
     @property
     def num_free_blocks(self) -> int:
         """Blocks that may still be booked."""
-        return max(0, self.num_blocks - self._num_used)
+        return self.num_blocks - self._num_used
 
     @property
     def held(self) -> Mapping[KvKey, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from services.worker.engine.block_manager import BlockManager, BlockMove
 from services.worker.engine.config import SchedulerConfig
+from services.worker.engine.cost_model import TOKEN_COUNT, CostModel
 from services.worker.engine.outputs import SchedulerOutput, StepResult
 from services.worker.engine.request import Request
 from services.worker.engine.routes import Route, RouteStage
@@ -42,7 +43,11 @@ def make_route(num_stages: int, route_id: str = "pipeline") -> Route:
 
 
 def make_scheduler(
-    num_blocks: int = 16, block_size: int = BLOCK_SIZE, num_stages: int = 1, **config: float
+    num_blocks: int = 16,
+    block_size: int = BLOCK_SIZE,
+    num_stages: int = 1,
+    cost_model: CostModel = TOKEN_COUNT,
+    **config: float,
 ) -> tuple[Scheduler, BlockManager]:
     """A scheduler without watermarks, unless given, on a pool of its own.
 
@@ -57,9 +62,10 @@ def make_scheduler(
         "recovery_watermark": 0.0,
     }
     route = make_route(num_stages)
-    scheduler = Scheduler(SchedulerConfig(**{**limits, **config}), blocks, route)  # type: ignore[arg-type]
+    settings = SchedulerConfig(**{**limits, **config})  # type: ignore[arg-type]
+    scheduler = Scheduler(settings, blocks, route, cost_model)
     for worker_id in route.worker_ids[1:]:
-        scheduler.blocks.set_capacity(worker_id, num_blocks)
+        scheduler.blocks.add_capacity(worker_id, num_blocks)
     return scheduler, blocks
 
 
