@@ -44,6 +44,8 @@ from shared.subjects import Subjects, worker_key
 
 #: How often finished streams are forgotten.
 _HOUSEKEEPING_SECONDS = 5.0
+#: After an outage of the bus a router may be slower to come back than the worker.
+_RECONNECT_GRACE_SECONDS = 3.0
 #: How long the engine thread gets to finish its step at the end.
 _ENGINE_STOP_SECONDS = 30.0
 
@@ -82,6 +84,8 @@ class WorkerService:
         self._metrics = WorkerMetrics(BusCollector(bus))
         self._reports: asyncio.Queue[EngineReport] = asyncio.Queue()
         self._idle = asyncio.Event()
+        self._disconnects_seen = bus.stats.disconnects
+        self._patient_until = float("-inf")
         self._log = structlog.get_logger(component="worker")
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -210,7 +214,13 @@ class WorkerService:
             self._streams.forget_finished(time.monotonic())
 
     async def _on_no_responders(self, subject: str) -> None:
-        """A token frame found nobody: its router is gone."""
+        """A token frame found nobody: its router is gone, or not back yet from an outage."""
+        now, disconnects = time.monotonic(), self._bus.stats.disconnects
+        if disconnects != self._disconnects_seen:
+            self._disconnects_seen = disconnects
+            self._patient_until = now + _RECONNECT_GRACE_SECONDS
+        if now < self._patient_until:
+            return
         for router_id in self._streams.routers():
             if self._subjects.tokens(router_id) == subject:
                 self._intake.cancel_router(router_id)

@@ -275,6 +275,31 @@ async def test_a_router_that_vanished_is_not_served_any_more(
     await watcher.bus.close()
 
 
+async def test_a_router_may_be_slower_to_come_back_from_an_outage(
+    client: Client, server: MemoryServer
+) -> None:
+    await client.generate("a", max_tokens=200)
+    await eventually(lambda: client.of("a"))
+    server.stop()
+    await client.bus.close()
+    server.start(wipe_store=False)
+    late = Client(MemoryBus(server, "test"))
+    await late.bus.subscribe(SUBJECTS.all_loads, late._on_load)
+    await eventually(lambda: late.load)  # token frames were sent before it, and found nobody
+    await late.bus.subscribe(SUBJECTS.tokens(ROUTER), late._on_frame)
+    resume = Resume(request_id="a", attempt=0, num_received=0)
+
+    async def has_ended() -> bool:
+        await late.bus.request(
+            SUBJECTS.control(WORKER), resume.encode(), timeout_seconds=REPLY_SECONDS
+        )
+        return late.ended("a")
+
+    await eventually(has_ended)
+    assert late.of("a")[-1].finish_reason is FinishReason.LENGTH
+    await late.bus.close()
+
+
 async def test_load_reports_say_which_requests_they_include(client: Client) -> None:
     for number, request_id in enumerate("abc", start=1):
         await client.generate(request_id)
