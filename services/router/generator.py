@@ -112,8 +112,11 @@ class Generator:
     def deliver(self, item: TokenItem, now: float) -> Verdict:
         """Hand an item to its session; STALE where nobody wants it any more."""
         session = self._sessions.get(item.request_id)
-        verdict = session.deliver(item, now) if session else Verdict.STALE
-        if verdict is Verdict.GAP:
+        if session is None:
+            return Verdict.STALE
+        is_known = session.stream.has_gap  # until it is filled, everything that comes is early
+        verdict = session.deliver(item, now)
+        if verdict is Verdict.GAP and not is_known:
             self._metrics.stream_gaps.inc()
         return verdict
 
