@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 
@@ -19,6 +20,8 @@ from services.router.errors import (
 )
 from services.router.metrics import RouterMetrics
 
+#: What is counted where the client has gone before its answer was complete (nginx's code).
+CLIENT_CLOSED_REQUEST = 499
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 
 
@@ -37,9 +40,13 @@ def frame_requests(metrics: RouterMetrics) -> Middleware:
         request_id = new_request_id(request)
         request[REQUEST_ID] = request_id
         with structlog.contextvars.bound_contextvars(request_id=request_id):
-            response = await _answer(request, handler, log)
             route = request.match_info.route.resource
             path = route.canonical if route is not None else "unknown"
+            try:
+                response = await _answer(request, handler, log)
+            except asyncio.CancelledError:  # so aiohttp ends the handler of a client that has gone
+                metrics.count_request(path, CLIENT_CLOSED_REQUEST)
+                raise
             metrics.count_request(path, response.status)
             log.debug(
                 "request",
@@ -69,8 +76,10 @@ async def _answer(
         )
     except web.HTTPRequestEntityTooLarge as error:
         return error_response(BodyTooLargeError(f"the request body is too large: {error.text}"))
-    except (web.HTTPException, ConnectionError):
+    except web.HTTPException:
         raise
+    except ConnectionError:
+        return web.Response(status=CLIENT_CLOSED_REQUEST)
     except Exception:
         log.exception("request.failed", path=request.path)
         return error_response(
