@@ -52,7 +52,7 @@ class BatchBuilder:
         self._pacer = pacer
         self._budget = config.max_num_batched_tokens
         self._prefill_cost = 0.0
-        self._members = [request for request in pool.running if request.route == route]
+        self._members = [r for r in pool.running if r.route is route or r.route == route]
 
     def build(self, now: float, *, admits_new: bool) -> None:
         """Run the three passes. Without `admits_new`, only preempted requests get seats."""
@@ -96,9 +96,9 @@ class BatchBuilder:
     def _schedule_prefills(self) -> None:
         """Second pass."""
         for request in self._members:
-            if self._is_full:
-                return
-            if self._is_ready(request) and request.num_uncomputed_tokens > 1:
+            if request.num_uncomputed_tokens > 1 and self._is_ready(request):
+                if self._is_full:
+                    return
                 self._take_prefill(request)
 
     def _admit(self, now: float, admits_new: bool) -> None:

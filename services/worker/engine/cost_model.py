@@ -74,9 +74,9 @@ class CostModel:
         """Raise CostModelError for numbers that no machine has."""
         numbers = (self.alpha, self.beta, self.gamma, self.lam, self.gamma - self.lam)
         if not all(math.isfinite(number) and number >= 0.0 for number in numbers):
-            raise CostModelError(
-                f"{self} is not a cost model: needs 0 <= lam <= gamma, others >= 0"
-            )
+            raise CostModelError(f"{self} is no cost model: 0 <= lam <= gamma, others >= 0")
+        if self.alpha + self.beta == 0.0:
+            raise CostModelError(f"{self} is no cost model: tokens must cost something")
 
     def chunk_cost(self, chunk: ChunkShape) -> float:
         """Seconds of a batch that is this chunk alone."""

@@ -100,15 +100,16 @@ class GroupBlocks:
 
         All or nothing: returns False, having changed nothing, if a stage has too few.
         """
-        if self.short_stages(request, route, num_tokens):
-            return False
         num_blocks, key = self._local.blocks_for(num_tokens), request.kv_key
-        for stage in route.stages:
-            if stage.worker_id == self._worker_id:
+        growing = [w for w in route.worker_ids if self.num_held(request, w) < num_blocks]
+        for worker_id in growing:
+            if num_blocks - self.num_held(request, worker_id) > self.num_free(worker_id):
+                return False
+        for worker_id in growing:
+            if worker_id == self._worker_id:
                 self._local.allocate(request, num_tokens)
-                continue
-            booking = self._booking(stage.worker_id)
-            booking.hold(key, max(num_blocks, booking.num_held(key)))
+            else:
+                self._booking(worker_id).hold(key, num_blocks)
         return True
 
     def trim(self, request: Request, num_tokens: int) -> None:

@@ -68,6 +68,7 @@ class PrefillPacer:
         self._config = config
         self._num_stages = num_stages
         self._piece_tokens = min(_MIN_PIECE_TOKENS, config.min_prefill_tokens)
+        self._least_cost = self._cost_of_new(self._piece_tokens) / 2
         self._batch_cost = 0.0
         self._num_batches_left = 0
 
@@ -107,7 +108,7 @@ class PrefillPacer:
 
     def is_spent(self, cost_left: float) -> bool:
         """True if another piece would come nowhere near `cost_left`."""
-        return cost_left <= 0.0 or cost_left < self._cost_of_new(self._piece_tokens) / 2
+        return cost_left < self._least_cost
 
     def chunk_tokens(self, chunk: ChunkShape, cost_left: float) -> int:
         """How many tokens of `chunk` cost about `cost_left`, without pieces of no use."""

@@ -11,7 +11,7 @@ What must travel when a request moves follows from the two routes alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from shared.layout import GroupPlan
@@ -34,10 +34,12 @@ class Route:
 
     Attributes:
         route_id: two routes of different epochs have different ids.
+        worker_ids: its workers, in order.
     """
 
     route_id: str
     stages: tuple[RouteStage, ...]
+    worker_ids: tuple[WorkerId, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raise ValueError unless the stages tile the layers and name each worker once."""
@@ -46,8 +48,10 @@ class Route:
             if stage.start != position or stage.end <= stage.start:
                 raise ValueError(f"route {self.route_id} has no worker for layer {position}")
             position = stage.end
-        if not self.stages or len({stage.worker_id for stage in self.stages}) < self.num_stages:
+        worker_ids = tuple(stage.worker_id for stage in self.stages)
+        if not worker_ids or len(set(worker_ids)) < len(worker_ids):
             raise ValueError(f"route {self.route_id} is empty or names a worker twice")
+        object.__setattr__(self, "worker_ids", worker_ids)
 
     @classmethod
     def of_group(cls, group: GroupPlan, epoch: int) -> Route:
@@ -64,11 +68,6 @@ class Route:
     def num_stages(self) -> int:
         """How many workers, and how many microbatches may be in flight on it."""
         return len(self.stages)
-
-    @property
-    def worker_ids(self) -> tuple[WorkerId, ...]:
-        """Its workers, in order."""
-        return tuple(stage.worker_id for stage in self.stages)
 
 
 #: The route of an engine that never takes part in a group: one worker, the model as one layer.
