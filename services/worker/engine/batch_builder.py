@@ -125,7 +125,7 @@ class BatchBuilder:
             spare_blocks = self._config.watermark_blocks(num_blocks) + reserve
         else:
             return None
-        if not pool.running:
+        if not pool.running and not pool.exchanges:
             spare_blocks = 0  # nobody could grow into it, and a request of any size must start
         short = pool.blocks.short_stages(request, self._route, request.num_tokens, spare_blocks)
         return None if short else request

@@ -46,12 +46,13 @@ def make_scheduler(
     num_blocks: int = 16,
     block_size: int = BLOCK_SIZE,
     num_stages: int = 1,
+    route: Route | None = None,
     cost_model: CostModel = TOKEN_COUNT,
     **config: float,
 ) -> tuple[Scheduler, BlockManager]:
     """A scheduler without watermarks, unless given, on a pool of its own.
 
-    With several stages, all of them have as many blocks.
+    With several stages, all of them have as many blocks; with a route given, none are granted yet.
     """
     blocks = BlockManager(num_blocks, block_size)
     limits: dict[str, float] = {
@@ -61,11 +62,10 @@ def make_scheduler(
         "watermark": 0.0,
         "recovery_watermark": 0.0,
     }
-    route = make_route(num_stages)
     settings = SchedulerConfig(**{**limits, **config})  # type: ignore[arg-type]
-    scheduler = Scheduler(settings, blocks, route, cost_model)
-    for worker_id in route.worker_ids[1:]:
-        scheduler.blocks.add_capacity(worker_id, num_blocks)
+    scheduler = Scheduler(settings, blocks, route or make_route(num_stages), cost_model)
+    for i in range(1, num_stages):
+        scheduler.blocks.add_capacity(f"w{i}", num_blocks)
     return scheduler, blocks
 
 
