@@ -3,12 +3,11 @@
 Every change of state that takes or returns blocks is one method here, so that status, queue and
 blocks cannot disagree. Policy (who, when) belongs to the batch builder and to `Relocation`.
 
-    waiting ----admit----> running ----finish----> gone
-                  ^          |  ^ \\
-               admit   preempt  |  park ----> parked --begin_exchange--> exchanging
-                  |          v  |               |                            |
-                 preempted <----|--- preempt ---+----------------------------+
-                                +------------------- resume -----------------+
+    waiting ---admit--> running ---finish--> gone        (finish, preempt: from any state)
+                 ^       |   |
+              admit  preempt park ---> parked ---begin_exchange---> exchanging
+                 |       v            (KV complete, elsewhere)      (KV travels) ---resume--> running
+               preempted
 """
 
 from __future__ import annotations
