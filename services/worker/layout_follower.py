@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import structlog
 
 from shared.bus.base import BusError, KeyValue
-from shared.layout import Plan
+from shared.layout import Plan, PlanPhase
 from shared.messages import AckState, PlanAck
 from shared.subjects import PLAN_KEY
 from shared.wire import MessageError
@@ -47,6 +47,7 @@ class LayoutFollower:
         self._worker_id = worker_id
         self._placement = placement
         self._plans = plans
+        self._refused = (0, 0)
         self._acks = acks
         self._on_change = on_change
         self._log = structlog.get_logger(component="layout")
@@ -87,14 +88,28 @@ class LayoutFollower:
             await self._acknowledge(*applied)  # tells its author that there was a newer one
             return
         group = plan.group_of(self._worker_id)
+        if plan.phase is PlanPhase.PREPARE or (group is not None and len(group.members) > 1):
+            await self._refuse(plan)
+            return
         self._placement.term, self._placement.epoch = plan.version
         self._placement.group_id = group.group_id if group else ""
         self._log.info("plan applied", epoch=plan.epoch, group=self._placement.group_id)
         await self._acknowledge(*plan.version)
         self._on_change()
 
-    async def _acknowledge(self, term: int, epoch: int) -> None:
-        ack = PlanAck(worker_id=self._worker_id, term=term, epoch=epoch, state=AckState.APPLIED)
+    async def _refuse(self, plan: Plan) -> None:
+        """Stay where this worker is: it serves whole models only. The planner falls back."""
+        if plan.version == self._refused:
+            return
+        self._refused = plan.version
+        detail = "this worker cannot serve a part of the model"
+        self._log.warning("plan refused", epoch=plan.epoch, reason=detail)
+        await self._acknowledge(*plan.version, AckState.REFUSED, detail)
+
+    async def _acknowledge(
+        self, term: int, epoch: int, state: AckState = AckState.APPLIED, detail: str = ""
+    ) -> None:
+        ack = PlanAck(worker_id=self._worker_id, term=term, epoch=epoch, state=state, detail=detail)
         try:
             await self._acks.put(self._worker_id, ack.encode())
         except BusError as error:

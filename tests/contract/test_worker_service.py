@@ -13,9 +13,10 @@ import pytest_asyncio
 
 from services.worker.service import WorkerService
 from services.worker.settings import WorkerSettings
-from shared.buckets import open_acks, open_members
+from shared.buckets import open_acks, open_members, open_plan
 from shared.bus.base import Bus, BusMessage, NoRespondersError
 from shared.bus.memory import MemoryBus, MemoryServer
+from shared.layout import GroupPlan, LayoutState, MemberPlan, Plan, PlanPhase, Span
 from shared.messages import (
     AckState,
     Cancel,
@@ -36,10 +37,10 @@ from shared.messages import (
     pack_token_ids,
 )
 from shared.sampling import SamplingParams
-from shared.subjects import Subjects, worker_key
+from shared.subjects import PLAN_KEY, Subjects, worker_key
 from tests.conftest import eventually
 from tests.stub_worker import publish_plan
-from tests.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, TinyModels
+from tests.tiny_models import MAX_MODEL_LEN, NUM_LAYERS, VOCAB_SIZE, TinyModels
 
 WORKER, ROUTER = "worker-a", "router-a"
 GROUP = f"g-{WORKER}"
@@ -361,3 +362,37 @@ async def test_a_stopped_worker_leaves_at_once(
     with pytest.raises(NoRespondersError):
         await bus.request(SUBJECTS.control(WORKER), Ping().encode(), timeout_seconds=1.0)
     await bus.close()
+
+
+async def test_a_plan_for_a_part_of_the_model_is_refused_and_service_goes_on(
+    client: Client,
+) -> None:
+    half = NUM_LAYERS // 2
+    members = (
+        MemberPlan(worker_id=WORKER, span=Span(start=0, end=half)),
+        MemberPlan(worker_id="worker-b", span=Span(start=half, end=NUM_LAYERS)),
+    )
+    plan = Plan(
+        term=2,
+        epoch=2**60,
+        state=LayoutState.DROPPING,
+        phase=PlanPhase.PREPARE,
+        model_id="tiny",
+        num_layers=NUM_LAYERS,
+        groups=(GroupPlan(group_id="pair", members=members),),
+        created_at=0.0,
+    )
+    plans, acks = await open_plan(client.bus, SUBJECTS), await open_acks(client.bus, SUBJECTS)
+    await plans.put(PLAN_KEY, plan.encode())
+
+    async def refused() -> bool:
+        entry = await acks.get(WORKER)
+        return (
+            entry is not None
+            and entry.value is not None
+            and PlanAck.decode(entry.value).state is AckState.REFUSED
+        )
+
+    await eventually(refused)
+    assert (await client.generate("a")).status is GenerateStatus.ACCEPTED
+    assert len(await client.tokens("a")) == 12
