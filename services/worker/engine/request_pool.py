@@ -6,7 +6,7 @@ blocks cannot disagree. Policy (who, when) belongs to the batch builder and to `
     waiting ---admit--> running ---finish--> gone        (finish, preempt: from any state)
                  ^       |   |
               admit  preempt park ---> parked ---begin_exchange---> exchanging
-                 |       v            (KV complete, elsewhere)      (KV travels) ---resume--> running
+                 |       v            (KV elsewhere)              (travels) ---resume--> running
                preempted
 """
 
