@@ -7,8 +7,10 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
+from openai import AsyncOpenAI
 
 from tests.integration.harness import Cluster
 
@@ -18,6 +20,24 @@ async def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncItera
     """The built-in model, two workers, one router; tests must leave its processes alone."""
     async with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def sdk(shared_cluster: Cluster) -> AsyncIterator[AsyncOpenAI]:
+    """The OpenAI SDK, pointed at the shared cluster."""
+    async with AsyncOpenAI(
+        base_url=f"{shared_cluster.url}/v1", api_key="none", timeout=60, max_retries=0
+    ) as client:
+        yield client
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def http(shared_cluster: Cluster) -> AsyncIterator[aiohttp.ClientSession]:
+    """A plain HTTP client of the shared cluster."""
+    async with aiohttp.ClientSession(
+        shared_cluster.url, timeout=aiohttp.ClientTimeout(total=60)
+    ) as session:
+        yield session
 
 
 @pytest.fixture(scope="session")
