@@ -31,19 +31,22 @@ class Candidate(NamedTuple):
         host: of all members; SPREAD where they differ.
         demand_blocks, capacity_blocks: load; 0 demand where nothing is known.
         whole_blocks: capacity of its members as replicas.
+        pressure: demand as a share of capacity.
     """
 
     group: GroupPlan
     members: tuple[Member, ...]
     host: str
+    num_members: int
     demand_blocks: int
     capacity_blocks: int
     whole_blocks: int
+    pressure: float
 
     @property
-    def pressure(self) -> float:
-        """Demand as a share of capacity."""
-        return self.demand_blocks / self.capacity_blocks if self.capacity_blocks else 0.0
+    def parts(self) -> tuple[Candidate, ...]:
+        """Itself: what is to become one group may also be several candidates."""
+        return (self,)
 
 
 class Pipeline(NamedTuple):
@@ -88,14 +91,17 @@ def make_candidates(
             hosts = {info.host for info in living}
             whole = sum([member.shape.whole_blocks for member in members])
             load = loads.get(group.group_id)
+            demand, capacity = (load.demand_blocks, load.total_blocks) if load else (0, whole)
             candidates.append(
                 Candidate(
                     group,
                     members,
                     hosts.pop() if len(hosts) == 1 else SPREAD,
-                    load.demand_blocks if load else 0,
-                    load.total_blocks if load else whole,
+                    len(members),
+                    demand,
+                    capacity,
                     whole,
+                    demand / capacity if capacity else 0.0,
                 )
             )
     return candidates

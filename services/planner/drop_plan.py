@@ -18,7 +18,6 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -60,7 +59,7 @@ class DropPlan:
         return tuple(groups)
 
 
-class Pool(NamedTuple):
+class Merged(NamedTuple):
     """Candidates that are to be one group: the more loaded first, since its leader will lead."""
 
     parts: tuple[Candidate, ...]
@@ -70,6 +69,9 @@ class Pool(NamedTuple):
     capacity_blocks: int
     whole_blocks: int
     pressure: float
+
+
+Pool = Candidate | Merged
 
 
 def copies_to_free(lacking_blocks: int, candidates: Sequence[Candidate]) -> int:
@@ -100,8 +102,10 @@ def plan_merge(
     merged: Sequence[Candidate], others: Sequence[Candidate], *, needed_ratio: float
 ) -> DropPlan | None:
     """Make one group of `merged` and leave `others` alone; None where that cannot be."""
-    pool = reduce(_merge, map(_pool, merged))
-    return slice_pools([pool, *map(_pool, others)], needed_ratio)
+    pool: Pool = merged[0]
+    for candidate in merged[1:]:
+        pool = _merge(pool, candidate)
+    return slice_pools([pool, *others], needed_ratio)
 
 
 # --- which groups ---------------------------------------------------------------------------------
@@ -111,7 +115,7 @@ def choose_merges(candidates: Sequence[Candidate], num_merges: int, max_members:
     """The greedy: pools of candidates, of one where nothing happens to it."""
     classes: dict[int, list[Pool]] = defaultdict(list)
     for candidate in candidates:
-        classes[len(candidate.members)].append(_pool(candidate))
+        classes[candidate.num_members].append(candidate)
     sizes = list(classes)
     heapq.heapify(sizes)
     done: list[Pool] = []
@@ -119,7 +123,7 @@ def choose_merges(candidates: Sequence[Candidate], num_merges: int, max_members:
     while num_merges > 0 and sizes:
         size = heapq.heappop(sizes)
         pools = sorted(classes.pop(size), key=attrgetter("pressure"), reverse=True)
-        merged: list[Pool] = []
+        merged: list[Merged] = []
         if left is not None and left.num_members + size <= max_members:
             merged.append(_merge(left, pools.pop(_partner(left, pools))))
             num_merges -= 1
@@ -140,23 +144,11 @@ def choose_merges(candidates: Sequence[Candidate], num_merges: int, max_members:
     return done
 
 
-def _pool(candidate: Candidate) -> Pool:
-    return Pool(
-        (candidate,),
-        len(candidate.members),
-        candidate.host,
-        candidate.demand_blocks,
-        candidate.capacity_blocks,
-        candidate.whole_blocks,
-        candidate.pressure,
-    )
-
-
-def _merge(first: Pool, second: Pool) -> Pool:
+def _merge(first: Pool, second: Pool) -> Merged:
     demand = first.demand_blocks + second.demand_blocks
     capacity = first.capacity_blocks + second.capacity_blocks
     is_first = first.demand_blocks >= second.demand_blocks
-    return Pool(
+    return Merged(
         first.parts + second.parts if is_first else second.parts + first.parts,
         first.num_members + second.num_members,
         first.host if first.host == second.host else SPREAD,
@@ -173,13 +165,13 @@ def _partner(pool: Pool, pools: Sequence[Pool]) -> int:
     return near[-1] if near else len(pools) - 1
 
 
-def _pair(pools: Sequence[Pool], limit: int) -> tuple[list[Pool], list[Pool]]:
+def _pair(pools: Sequence[Pool], limit: int) -> tuple[list[Merged], list[Pool]]:
     """Up to `limit` pairs of pools that come most loaded first, and what remains."""
     by_host: dict[str, deque[int]] = defaultdict(deque)
     for index, pool in enumerate(pools):
         by_host[pool.host].append(index)
     free = [True] * len(pools)
-    pairs: list[Pool] = []
+    pairs: list[Merged] = []
     strangers: list[int] = []  # no partner on their host
     limit = min(limit, len(pools) // 2)
     for index, pool in enumerate(pools):
@@ -212,16 +204,15 @@ def slice_pools(pools: Iterable[Pool], needed_ratio: float) -> DropPlan | None:
     untouched: list[GroupPlan] = []
     num_merges, capacity_blocks = 0, 0
     for pool in pools:
-        parts = pool.parts
-        if len(parts) > 1:
-            members = [member for candidate in parts for member in candidate.members]
+        if isinstance(pool, Merged):
+            members = [member for candidate in pool.parts for member in candidate.members]
             slicing = slicer.slice(members, _wanted_blocks(pool, needed_ratio))
             if slicing is not None:
                 pipelines.append(Pipeline(members, slicing))
-                num_merges += len(parts) - 1
+                num_merges += len(pool.parts) - 1
                 capacity_blocks += slicing.num_blocks
                 continue
-        untouched += [candidate.group for candidate in parts]
+        untouched += [candidate.group for candidate in pool.parts]
         capacity_blocks += pool.capacity_blocks
     if not pipelines:
         return None
@@ -249,7 +240,7 @@ class _Slicer:
         return self._known[key]
 
 
-def _wanted_blocks(pool: Pool, needed_ratio: float) -> int:
+def _wanted_blocks(pool: Merged, needed_ratio: float) -> int:
     """What the merged group shall hold: its share of the need, and a worthwhile gain."""
     copies = LEAST_GAIN * (len(pool.parts) - 1)
     gain = copies * pool.parts[0].members[0].shape.copy_blocks
