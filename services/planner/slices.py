@@ -202,8 +202,22 @@ def _least_seconds(stages: Sequence[_Stage], num_layers: int, num_blocks: int) -
         limits = [stage.max_layers(seconds, num_blocks) for stage in stages]
         return bool(_reachable(stages, limits)[-1] >> num_layers & 1)
 
-    times = sorted({stage.seconds(n) for stage in stages for n in range(1, num_layers + 1)})
-    return times[bisect_left(times, True, key=possible)]
+    # No division is faster than one of fractions of layers, and few are slower by a layer or more.
+    work = num_layers + sum(stage.fixed_seconds / stage.layer_seconds for stage in stages)
+    ideal = (1 - _ROUNDING) * work / sum(1 / stage.layer_seconds for stage in stages)
+    near = ideal + max(stage.layer_seconds for stage in stages)
+    times = sorted(
+        {
+            seconds
+            for stage in stages
+            for n in range(1, num_layers + 1)
+            if (seconds := stage.seconds(n)) >= ideal
+        }
+    )
+    end = bisect_left(times, near)
+    if not end or not possible(times[end - 1]):
+        end = len(times)
+    return times[bisect_left(times, True, hi=end, key=possible)]
 
 
 def _reachable(stages: Sequence[_Stage], limits: Sequence[int]) -> list[int]:
