@@ -21,7 +21,7 @@ def cluster_view(fleet: Fleet) -> dict[str, Any]:
         "epoch": plan.epoch if plan else 0,
         "term": plan.term if plan else 0,
         "state": plan.state.value if plan else LayoutState.STABLE.value,
-        "groups": [_group(fleet, group) for group in (plan.groups if plan else ())],
+        "groups": [_group(fleet, group) for group in (plan.serving_groups if plan else ())],
         "workers": [_worker(fleet.workers[worker_id]) for worker_id in sorted(fleet.workers)],
         "transitions": [
             _transition(transition)

@@ -105,7 +105,7 @@ class Fleet:
 
     def serving_groups(self, now: float) -> list[GroupPlan]:
         """Groups that would take a request if they had room: ready, heard of, not failed."""
-        groups = self.plan.groups if self.plan is not None else ()
+        groups = self.plan.serving_groups if self.plan is not None else ()
         return [group for group in groups if self._is_serving(group, now)]
 
     def candidates(self, now: float, excluded: Container[str] = ()) -> list[GroupLoad]:
