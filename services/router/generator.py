@@ -109,13 +109,13 @@ class Generator:
         if was_live:
             await self._cancel(session)
 
-    def deliver(self, item: TokenItem, now: float) -> Verdict:
+    def deliver(self, item: TokenItem, worker_id: str, now: float) -> Verdict:
         """Hand an item to its session; STALE where nobody wants it any more."""
         session = self._sessions.get(item.request_id)
         if session is None:
             return Verdict.STALE
         is_known = session.stream.has_gap  # until it is filled, everything that comes is early
-        verdict = session.deliver(item, now)
+        verdict = session.deliver(item, worker_id, now)
         if verdict is Verdict.GAP and not is_known:
             self._metrics.stream_gaps.inc()
         return verdict

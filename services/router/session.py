@@ -62,9 +62,15 @@ class Session:
         """True once a worker has been lost: then the client may have tokens already."""
         return self.num_losses > 0
 
-    def deliver(self, item: TokenItem, now: float) -> Verdict:
-        """Take an item from a token frame and wake the reader if it brings something."""
+    def deliver(self, item: TokenItem, worker_id: str, now: float) -> Verdict:
+        """Take an item from a token frame and wake the reader if it brings something.
+
+        Whoever sends what is next, or comes after that, serves the request now: it may have moved
+        to another worker of its group.
+        """
         verdict = self.stream.accept(item, now)
+        if verdict in (Verdict.NEW, Verdict.GAP):
+            self.worker_id = worker_id
         if verdict is Verdict.NEW:
             self.num_silent_resumes = 0
             self.wake()

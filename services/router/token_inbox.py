@@ -53,7 +53,7 @@ class TokenInbox:
             return
         now = time.monotonic()
         for number, item in enumerate(frame.items, start=1):
-            verdict = self._generator.deliver(item, now)
+            verdict = self._generator.deliver(item, frame.worker_id, now)
             if verdict is Verdict.STALE and item.finish_reason is None:
                 self._strays[_Stray(frame.worker_id, item.request_id, item.attempt)] = None
             if number % _ITEMS_PER_SLICE == 0:

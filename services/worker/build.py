@@ -14,10 +14,13 @@ import torch
 from services.worker.core import EngineCore
 from services.worker.engine.block_manager import BlockManager
 from services.worker.engine.config import SchedulerConfig
+from services.worker.engine.routes import Route, RouteStage
 from services.worker.engine.scheduler import Scheduler
+from services.worker.facts import model_facts
 from services.worker.identity import ModelFacts
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.model.runner import ModelRunner, RunnerConfig
+from services.worker.pipeline.member import GroupMember
 from services.worker.settings import WorkerSettings
 from shared.cache_dir import default_cache_dir
 from shared.models import ProgressReporter, resolve_model
@@ -25,9 +28,10 @@ from shared.models import ProgressReporter, resolve_model
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """A loaded engine, what is to be known of it, and the model to close at the end."""
+    """A loaded engine, its part in groups, what is to be known of it, and the model to close."""
 
     core: EngineCore
+    member: GroupMember
     facts: ModelFacts
     runner: ModelRunner
 
@@ -65,23 +69,13 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
             watermark=settings.watermark,
         ),
         BlockManager(runner.num_blocks, runner.block_size),
+        _replica(settings.worker_id, runner.config.num_layers),
     )
-    return BuiltEngine(EngineCore(scheduler, runner), model_facts(runner), runner)
+    core = EngineCore(scheduler, runner)
+    member = GroupMember(core, scheduler, runner)
+    return BuiltEngine(core, member, model_facts(runner), runner)
 
 
-def model_facts(runner: ModelRunner) -> ModelFacts:
-    """What a worker's lease says of its model and memory."""
-    usage = runner.pool.usage
-    return ModelFacts(
-        num_layers=runner.config.num_layers,
-        vocab_size=runner.config.vocab_size,
-        max_model_len=runner.max_model_len,
-        block_size=runner.block_size,
-        num_blocks=runner.num_blocks,
-        kv_block_bytes=runner.kv_block_bytes * len(runner.span),
-        memory_bytes=runner.pool.budget_bytes,
-        weight_bytes=usage.weight_bytes,
-        kv_bytes=usage.kv_bytes,
-        free_bytes=usage.free_bytes,
-        layers=(runner.span,),
-    )
+def _replica(worker_id: str, num_layers: int) -> Route:
+    """The route of a worker that serves alone."""
+    return Route("replica", (RouteStage(worker_id, 0, num_layers),))

@@ -3,6 +3,7 @@
 Runs in the engine thread (`engine_thread.py`) and knows no bus. One `step` is one batch:
 
     schedule -> slices of tokens -> Model.run -> sampled tokens -> update_from_output -> TokenItems
+             \\-> Pipeline.submit .... later: finish(outcome) ------^
 
 A batch that fails (out of memory, a fault in a kernel) fails its requests and nothing else.
 """
@@ -14,10 +15,11 @@ from typing import Protocol
 
 import structlog
 
+from services.worker.batch_io import BatchOutcome, sampling_rows, sequence_slices
 from services.worker.engine.outputs import SchedulerLoad, SchedulerOutput, StepResult
 from services.worker.engine.request import Request
+from services.worker.engine.routes import Route
 from services.worker.engine.scheduler import Scheduler
-from services.worker.engine.stopping import forbidden_token_ids
 from services.worker.model.batch import SequenceSlice
 from services.worker.model.sampler import SampledToken, SamplingRow
 from shared.messages import FinishReason, GenerateStatus, TokenItem, TokenLogprobs
@@ -33,20 +35,39 @@ class Model(Protocol):
         ...
 
 
+class Pipeline(Protocol):
+    """What the engine needs of a route with several stages; `PipelineLeader` is one."""
+
+    def submit(self, output: SchedulerOutput) -> None:
+        """Send a batch on its way; what comes of it goes to `EngineCore.finish`."""
+        ...
+
+
 class EngineCore:
     """Scheduler and model of one worker. Not thread-safe."""
 
     def __init__(self, scheduler: Scheduler, model: Model) -> None:
         self._scheduler = scheduler
         self._model = model
+        self._pipelines: dict[str, Pipeline] = {}
+        self._made_batch = False
         self._log = structlog.get_logger(component="engine")
 
     @property
     def has_work(self) -> bool:
         return bool(self._scheduler.requests)
 
+    @property
+    def is_waiting(self) -> bool:
+        """True if the last step found nothing to do: everything is in flight, or there is none."""
+        return not self._made_batch
+
     def load(self) -> SchedulerLoad:
         return self._scheduler.load()
+
+    def add_pipeline(self, route: Route, pipeline: Pipeline) -> None:
+        """Batches of `route` go into `pipeline` from now on."""
+        self._pipelines[route.route_id] = pipeline
 
     def add(self, request: Request) -> list[TokenItem]:
         """Queue a request; a refusal ends its stream with an error item."""
@@ -68,55 +89,51 @@ class EngineCore:
         self._scheduler.check_integrity()
 
     def step(self, now: float) -> list[TokenItem]:
-        """Compute one batch, if there is one to compute."""
+        """Compute one batch, or send one into its pipeline, if there is one."""
         output = self._scheduler.schedule(now)
+        self._made_batch = bool(output.scheduled)
         if not output.scheduled:
             return []
-        items = self._compute(output)
+        pipeline = self._pipelines.get(output.route.route_id)
+        if pipeline is None:
+            return self.finish(self._run(output))
+        try:
+            pipeline.submit(output)
+        except Exception as error:  # whatever it is, it must not take the other requests along
+            return self.finish(self._failed(output, error))
+        return []
+
+    def finish(self, outcome: BatchOutcome) -> list[TokenItem]:
+        """Take in what came of a batch."""
+        items = self._fail(outcome) if outcome.error else self._update(outcome)
         if not self.has_work:
             self._scheduler.check_integrity()
         return items
 
-    def _compute(self, output: SchedulerOutput) -> list[TokenItem]:
-        sampled_requests = output.sampled_requests
+    def _run(self, output: SchedulerOutput) -> BatchOutcome:
         try:
-            tokens = self._model.run(
-                _slices(output), [_sampling_row(request) for request in sampled_requests]
-            )
-        except Exception as error:  # whatever it is, it must not take the other requests along
-            self._log.exception("batch failed", requests=len(output.scheduled))
-            failed = self._scheduler.fail_batch(output, f"the worker failed a batch: {error}")
-            return [_item(result, None) for result in failed]
+            tokens = self._model.run(sequence_slices(output), sampling_rows(output))
+        except Exception as error:  # as above
+            return self._failed(output, error)
+        return BatchOutcome(output, tuple(tokens))
+
+    def _failed(self, output: SchedulerOutput, error: Exception) -> BatchOutcome:
+        self._log.exception("batch failed", requests=len(output.scheduled))
+        return BatchOutcome(output, (), error=f"the worker failed a batch: {error}")
+
+    def _fail(self, outcome: BatchOutcome) -> list[TokenItem]:
+        failed = self._scheduler.fail_batch(outcome.output, outcome.error)
+        return [_item(result, None) for result in failed]
+
+    def _update(self, outcome: BatchOutcome) -> list[TokenItem]:
+        requests, tokens = outcome.output.sampled_requests, outcome.tokens
         logprobs = {
-            request.key: token.logprobs
-            for request, token in zip(sampled_requests, tokens, strict=True)
+            request.key: token.logprobs for request, token in zip(requests, tokens, strict=True)
         }
-        results = self._scheduler.update_from_output(output, [token.token_id for token in tokens])
-        return [_item(result, logprobs[result.request.key]) for result in results]
-
-
-def _slices(output: SchedulerOutput) -> list[SequenceSlice]:
-    return [
-        SequenceSlice(
-            token_ids=item.request.token_ids(
-                item.num_computed_tokens, item.num_computed_tokens + item.num_scheduled_tokens
-            ),
-            start=item.num_computed_tokens,
-            block_table=item.request.block_table,
-            wants_token=item.wants_token,
+        results = self._scheduler.update_from_output(
+            outcome.output, [token.token_id for token in tokens]
         )
-        for item in output.scheduled
-    ]
-
-
-def _sampling_row(request: Request) -> SamplingRow:
-    return SamplingRow(
-        params=request.sampling,
-        position=request.num_tokens,
-        prompt_token_ids=request.prompt_token_ids,
-        output_token_ids=request.output_token_ids,
-        forbidden_token_ids=forbidden_token_ids(request),
-    )
+        return [_item(result, logprobs[result.request.key]) for result in results]
 
 
 def _item(result: StepResult, logprobs: TokenLogprobs | None) -> TokenItem:

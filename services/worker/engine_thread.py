@@ -3,10 +3,11 @@
     event loop                                engine thread
     ----------                                -------------
     submit(command)  --- SimpleQueue --->     apply commands, step while there is work
+    links' threads   --- frames ------->
     on_report(...)   <-- call_soon_threadsafe ---  EngineReport after each step
 
-The event loop never calls torch; the thread never awaits. Commands are applied between batches, so
-a cancelled request holds its KV for one step at most.
+The event loop never calls torch; the thread never awaits. Commands and frames are taken between
+batches, so a cancelled request holds its KV for one step at most.
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ import structlog
 from services.worker.build import BuiltEngine
 from services.worker.core import EngineCore
 from services.worker.engine.outputs import SchedulerLoad
-from services.worker.engine.request import Request
+from services.worker.engine.request import KvKey, Request
 from services.worker.identity import ModelFacts
+from services.worker.links.base import DownReason, Link, LinkFrame
+from services.worker.pipeline.events import GroupEvent
+from services.worker.pipeline.member import GroupMember
+from services.worker.pipeline.peers import GroupKey, GroupPeers
 from shared.messages import TokenItem
 
 #: How long an idle thread sleeps before it looks at its stop flag.
 _IDLE_SECONDS = 1.0
+#: The same while KV waits for room on a link.
+_BACKLOG_SECONDS = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +60,55 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class PrepareGroup:
+    """Links to all other members of a group are up."""
+
+    peers: GroupPeers
+
+
+@dataclass(frozen=True, slots=True)
+class AbandonGroup:
+    """A prepared group will not be committed."""
+
+    key: GroupKey
+
+
+@dataclass(frozen=True, slots=True)
+class CommitGroup:
+    """Serve in a prepared group from now on."""
+
+    key: GroupKey
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseKv:
+    """Requests that were handed over turned out to be wanted by nobody."""
+
+    keys: tuple[KvKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FrameReceived:
+    """A member of a group sent something."""
+
+    frame: LinkFrame
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """A link to a member of a group is gone."""
+
+    link: Link
+    reason: DownReason
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Leave the thread; unfinished requests are abandoned."""
 
 
-Command = Add | Cancel | Drain | Stop
+GroupCommand = PrepareGroup | AbandonGroup | CommitGroup | ReleaseKv | FrameReceived | LinkDown
+Command = Add | Cancel | Drain | Stop | GroupCommand
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +119,13 @@ class EngineReport:
         items: new tokens and ends of requests; may be empty.
         load: the engine's load after the round.
         num_added: how many `Add` commands that load includes, counted from the start.
+        events: what happened to the worker's group; older than the items.
     """
 
     items: tuple[TokenItem, ...]
     load: SchedulerLoad
     num_added: int
+    events: tuple[GroupEvent, ...] = ()
 
 
 class EngineThread:
@@ -131,31 +184,35 @@ class EngineThread:
             return
         self._ready.set_result(engine.facts)
         try:
-            self._run(engine.core)
+            self._run(engine.core, engine.member)
+            engine.member.close()
             engine.runner.close()
         except BaseException as error:  # handed to the service, which ends the process
             self._finished.set_exception(error)
         else:
             self._finished.set_result(None)
 
-    def _run(self, core: EngineCore) -> None:
+    def _run(self, core: EngineCore, member: GroupMember) -> None:
         num_added = 0
         self._report(EngineReport((), core.load(), num_added))
         while True:
-            commands = self._take_commands(wait=not core.has_work)
+            commands = self._take_commands(_wait_seconds(core, member))
             if any(isinstance(command, Stop) for command in commands):
                 return
             num_added += sum(isinstance(command, Add) for command in commands)
-            items = [item for command in commands for item in _apply(core, command)]
+            items = [item for command in commands for item in _apply(core, member, command)]
+            member.pump()
             items += core.step(time.monotonic())
-            if commands or items:
-                self._report(EngineReport(tuple(items), core.load(), num_added))
+            member.pump()
+            events = member.take_events()
+            if commands or items or events:
+                self._report(EngineReport(tuple(items), core.load(), num_added, events))
 
-    def _take_commands(self, *, wait: bool) -> list[Command]:
+    def _take_commands(self, wait_seconds: float) -> list[Command]:
         commands: list[Command] = []
         try:
-            if wait:
-                commands.append(self._commands.get(timeout=_IDLE_SECONDS))
+            if wait_seconds > 0.0:
+                commands.append(self._commands.get(timeout=wait_seconds))
             while True:
                 commands.append(self._commands.get_nowait())
         except queue.Empty:
@@ -165,12 +222,31 @@ class EngineThread:
         self._loop.call_soon_threadsafe(self._on_report, report)
 
 
-def _apply(core: EngineCore, command: Command) -> list[TokenItem]:
+def _wait_seconds(core: EngineCore, member: GroupMember) -> float:
+    """How long to sleep if nothing arrives; whatever arrives ends it."""
+    if not core.is_waiting:
+        return 0.0
+    return _BACKLOG_SECONDS if member.has_backlog else _IDLE_SECONDS
+
+
+def _apply(core: EngineCore, member: GroupMember, command: Command) -> list[TokenItem]:
     match command:
         case Add(request):
             return core.add(request)
         case Cancel(request_id, attempt):
             core.cancel(request_id, attempt)
+        case FrameReceived(frame):
+            return member.on_frame(frame, time.monotonic())
+        case CommitGroup(key):
+            return member.commit(key, time.monotonic())
+        case PrepareGroup(peers):
+            member.prepare(peers)
+        case AbandonGroup(key):
+            member.abandon(key)
+        case ReleaseKv(keys):
+            member.release(keys)
+        case LinkDown(link, reason):
+            member.on_down(link, reason)
         case Drain():
             core.drain()
     return []

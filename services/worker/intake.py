@@ -15,9 +15,9 @@ import structlog
 from services.worker.admission import AdmissionLimits, admit
 from services.worker.engine.request import Request
 from services.worker.engine_thread import Add, Cancel, EngineThread
-from services.worker.layout_follower import Placement
 from services.worker.outbound import TokenPublisher
 from services.worker.streams import StreamTable
+from services.worker.transition import Placement
 from shared import messages
 from shared.bus.base import Bus, BusMessage
 from shared.messages import (
@@ -31,6 +31,7 @@ from shared.messages import (
     decode_control,
     unpack_token_ids,
 )
+from shared.subjects import Subjects
 from shared.wire import Message, MessageError
 
 
@@ -40,6 +41,7 @@ class Intake:
     def __init__(
         self,
         bus: Bus,
+        subjects: Subjects,
         engine: EngineThread,
         streams: StreamTable,
         publisher: TokenPublisher,
@@ -48,6 +50,7 @@ class Intake:
         on_drain: Callable[[], None],
     ) -> None:
         self._bus = bus
+        self._subjects = subjects
         self._engine = engine
         self._streams = streams
         self._publisher = publisher
@@ -83,10 +86,11 @@ class Intake:
         await self._answer(message, reply)
 
     def _take(self, request: GenerateRequest) -> GenerateReply:
-        if request.group_id != self._placement.group_id:
+        placement = self._placement
+        if request.group_id != placement.group_id or not placement.is_leader:
             return GenerateReply(
                 status=GenerateStatus.STALE_EPOCH,
-                detail=f"the worker serves in group {self._placement.group_id!r}",
+                detail=f"the worker serves in group {placement.group_id!r}",
             )
         prompt = unpack_token_ids(request.prompt_token_ids)
         output = unpack_token_ids(request.output_token_ids)
@@ -125,6 +129,8 @@ class Intake:
             self._log.warning("control message ignored", reason=str(error))
             return
         match control:
+            case messages.Cancel() | messages.Resume() if self._has_moved(control):
+                await self._pass_on(message, control)
             case messages.Cancel(request_id=request_id, attempt=attempt):
                 self.cancel(request_id, attempt)
             case messages.Resume():
@@ -136,6 +142,17 @@ class Intake:
                 await self._answer(message, AdminReply())
             case _:
                 assert_never(control)
+
+    def _has_moved(self, control: messages.Cancel | messages.Resume) -> bool:
+        return bool(self._streams.moved_to(control.request_id, control.attempt))
+
+    async def _pass_on(
+        self, message: BusMessage, control: messages.Cancel | messages.Resume
+    ) -> None:
+        """Let the worker that serves the stream now act, and answer."""
+        worker_id = self._streams.moved_to(control.request_id, control.attempt)
+        subject = self._subjects.control(worker_id)
+        await self._bus.publish(subject, message.payload, reply=message.reply)
 
     def cancel(self, request_id: str, attempt: int) -> None:
         """Free what an open stream holds and close it. Idempotent."""

@@ -8,7 +8,7 @@ import structlog
 
 from services.worker.engine.outputs import SchedulerLoad
 from services.worker.identity import ModelFacts
-from services.worker.layout_follower import Placement
+from services.worker.transition import Placement
 from shared.bus.base import Bus, BusError
 from shared.messages import LoadReport
 from shared.subjects import Subjects

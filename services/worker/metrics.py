@@ -53,7 +53,7 @@ class WorkerMetrics(Collector):
             (
                 "vllm:kv_cache_usage_perc",
                 "share of KV blocks in use, 0 to 1",
-                load.kv_blocks_used / load.kv_blocks_total,
+                load.kv_blocks_used / max(1, load.kv_blocks_total),
             ),
             ("kunserve_kv_blocks", "KV blocks in all", load.kv_blocks_total),
             ("kunserve_waiting_blocks", "KV blocks that the queue needs", load.waiting_blocks),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import structlog
 
-from services.worker.layout_follower import Placement
+from services.worker.transition import Placement
 from shared.bus.base import Bus, BusError
 from shared.messages import TokenFrame, TokenItem
 from shared.subjects import Subjects

@@ -2,7 +2,7 @@
 
     bus --gen, ctl--> Intake --commands--> engine thread
     bus <--frames---- TokenPublisher <--- reports ---+---> LoadReporter --load--> bus
-    members bucket <-- Lease            plan bucket --> LayoutFollower
+    members bucket <-- Lease            plan bucket, other workers <--> GroupService
 
 Everything here runs on the event loop; only the engine thread (`engine_thread.py`) touches the
 model. Without planner or bus the worker keeps its layout and finishes what it runs.
@@ -24,15 +24,16 @@ from services.worker.admission import AdmissionLimits
 from services.worker.build import build_engine
 from services.worker.engine_thread import Drain as DrainEngine
 from services.worker.engine_thread import EngineReport, EngineThread
+from services.worker.group_service import GroupService
 from services.worker.identity import Identity, ModelFacts
 from services.worker.intake import Intake
-from services.worker.layout_follower import LayoutFollower, Placement
 from services.worker.load_reporter import LoadReporter
 from services.worker.metrics import WorkerMetrics
 from services.worker.outbound import TokenPublisher
 from services.worker.settings import Device, WorkerSettings
 from services.worker.streams import StreamTable
-from shared.buckets import open_acks, open_members, open_plan
+from services.worker.transition import Placement
+from shared.buckets import open_members
 from shared.bus.base import Bus
 from shared.bus.nats import Credentials, connect
 from shared.lifecycle import BackgroundTasks, fail_when_closed, stop_on_signals
@@ -124,17 +125,25 @@ class WorkerService:
         self._reporter = LoadReporter(
             self._bus, self._subjects, self._identity.worker_id, facts, self._placement
         )
-        follower = await self._make_follower()
+        self._groups = GroupService(
+            self._settings,
+            self._bus,
+            engine,
+            self._streams,
+            self._placement,
+            on_change=self._on_groups_changed,
+        )
         view.subscribe(self._on_member)
         admin = await self._start_admin()
         try:
+            await self._groups.start()
             async with BackgroundTasks() as tasks:
                 tasks.spawn(fail_when_closed(self._bus), "bus closed")
                 tasks.spawn(engine.wait_finished(), "engine")
                 tasks.spawn(self._publish_reports(), "token frames")
                 tasks.spawn(self._lease.run(), "lease")
                 tasks.spawn(view.run(), "members")
-                tasks.spawn(follower.run(), "layout")
+                tasks.spawn(self._groups.run(), "layout")
                 tasks.spawn(
                     self._reporter.run(self._settings.load_interval_seconds), "load reports"
                 )
@@ -145,6 +154,7 @@ class WorkerService:
                 await tasks.run_until(stop)
                 await self._drain()
         finally:
+            await self._groups.close()
             if admin is not None:
                 await admin.stop()
 
@@ -162,21 +172,13 @@ class WorkerService:
         )
         return Intake(
             self._bus,
+            self._subjects,
             engine,
             self._streams,
             self._publisher,
             self._placement,
             limits,
             on_drain=self._begin_drain,
-        )
-
-    async def _make_follower(self) -> LayoutFollower:
-        return LayoutFollower(
-            self._identity.worker_id,
-            self._placement,
-            plans=await open_plan(self._bus, self._subjects),
-            acks=await open_acks(self._bus, self._subjects),
-            on_change=self._on_placement,
         )
 
     async def _start_admin(self) -> AdminServer | None:
@@ -199,6 +201,8 @@ class WorkerService:
         """Record what the engine says and tell the routers; ends with the service."""
         while True:
             report = await self._reports.get()
+            for event in report.events:
+                self._groups.handle(event)
             by_router = self._streams.record(report.items, time.monotonic())
             await self._publisher.send(by_router)
             self._metrics.observe(report)
@@ -232,7 +236,9 @@ class WorkerService:
         ):
             self._intake.cancel_router(event.info.router_id)
 
-    def _on_placement(self) -> None:
+    def _on_groups_changed(self, facts: ModelFacts | None) -> None:
+        if facts is not None:
+            self._facts = facts
         self._lease.update(self._info())
         self._reporter.wake()
 

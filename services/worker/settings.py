@@ -88,6 +88,15 @@ class WorkerSettings(Settings):
     drain_timeout_seconds: float = Field(
         default=120.0, ge=0.0, description="time running requests get at shutdown"
     )
+    link_host: str = Field(
+        default="127.0.0.1", description="address to take links from other workers on"
+    )
+    link_advertise: str = Field(
+        default="", description="what other workers connect to (default: the same)"
+    )
+    link_bandwidth: ByteSize | None = Field(
+        default=None, ge=4096, description="emulate links of so many bytes per second, e.g. 10MiB"
+    )
     admin_host: str = Field(default="127.0.0.1", description="address of /live, /ready, /metrics")
     admin_port: int | None = Field(
         default=None,

@@ -14,16 +14,24 @@ from shared.messages import TokenItem
 
 #: How long a finished request can still be asked for.
 REMEMBER_SECONDS = 30.0
+#: How long control messages for a stream that another worker serves are passed on: routers learn
+#: who serves it from its next token, for which it may have to wait in a queue.
+REMEMBER_MOVED_SECONDS = 600.0
 
 
 @dataclass(slots=True)
 class _Stream:
-    """One accepted request and everything said about it."""
+    """One accepted request and everything said about it; it ends here also by moving."""
 
     router_id: str
     attempt: int
     items: list[TokenItem] = field(default_factory=list)
     finished_at: float | None = None
+    moved_to: str = ""
+
+    def is_forgotten(self, now: float) -> bool:
+        seconds = REMEMBER_MOVED_SECONDS if self.moved_to else REMEMBER_SECONDS
+        return self.finished_at is not None and now - self.finished_at >= seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,32 @@ class StreamTable:
                 stream.finished_at = now
             by_router.setdefault(stream.router_id, []).append(item)
         return by_router
+
+    def move(
+        self, request_id: str, attempt: int, worker_id: str, now: float
+    ) -> list[TokenItem] | None:
+        """End a stream here because `worker_id` serves it from now on.
+
+        Returns:
+            What was said of it; None if it is not open, so that nobody wants it any more.
+        """
+        if not self.is_open(request_id, attempt):
+            return None
+        stream = self._streams[request_id]
+        stream.finished_at, stream.moved_to = now, worker_id
+        items, stream.items = stream.items, []
+        return items
+
+    def adopt(
+        self, request_id: str, attempt: int, router_id: str, items: Iterable[TokenItem]
+    ) -> None:
+        """Go on with a stream that another worker began."""
+        self._streams[request_id] = _Stream(router_id, attempt, list(items))
+
+    def moved_to(self, request_id: str, attempt: int) -> str:
+        """The worker that serves a stream which moved; empty if it did not."""
+        stream = self._streams.get(request_id)
+        return "" if stream is None or stream.attempt != attempt else stream.moved_to
 
     def items_since(
         self, request_id: str, attempt: int, num_received: int
@@ -107,5 +141,5 @@ class StreamTable:
         self._streams = {
             request_id: stream
             for request_id, stream in self._streams.items()
-            if stream.finished_at is None or now - stream.finished_at < REMEMBER_SECONDS
+            if not stream.is_forgotten(now)
         }

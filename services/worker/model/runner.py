@@ -17,7 +17,7 @@ from services.worker.kernels.cpu import CpuKernels
 from services.worker.memory.cpu import CpuMemory
 from services.worker.memory.pool import MemoryPool
 from services.worker.memory.sizing import check_budget
-from services.worker.model.batch import SequenceSlice, make_batch
+from services.worker.model.batch import ForwardBatch, SequenceSlice, make_batch
 from services.worker.model.checkpoint import Checkpoint
 from services.worker.model.layers.factory import make_decoder_layers
 from services.worker.model.plan import ModelPlan
@@ -44,7 +44,10 @@ class RunnerConfig:
 
 
 class ModelRunner:
-    """One whole model on the CPU. Build with `load`; used by the engine thread only."""
+    """The layers of a model that a worker serves, on the CPU; at first all of them.
+
+    Build with `load`; used by the engine thread only.
+    """
 
     def __init__(
         self,
@@ -59,8 +62,11 @@ class ModelRunner:
         self.config = plan.config
         self._plan = plan
         self._stage = stage
+        self._span = stage.span
         self._kernels = kernels
-        self._limit = min(max_model_len or self.config.max_model_len, self.config.max_model_len)
+        limit = min(max_model_len or self.config.max_model_len, self.config.max_model_len)
+        #: Prompt plus output tokens of the longest request; stays when the KV cache grows.
+        self.max_model_len = min(limit, self.num_blocks * self.block_size)
 
     @classmethod
     def load(cls, runner_config: RunnerConfig, kernels: CpuKernels) -> ModelRunner:
@@ -102,41 +108,95 @@ class ModelRunner:
         return self._plan.kv_block_bytes
 
     @property
+    def kv_block_shape(self) -> tuple[int, ...]:
+        """Shape of one block of one layer."""
+        return self._plan.kv_block_shape
+
+    @property
     def span(self) -> Span:
-        """The layers this worker serves."""
-        return self._stage.span
+        """The layers this worker serves: all of them, or less after `keep`."""
+        return self._span
 
     @property
     def num_blocks(self) -> int:
         """KV blocks that every layer of the span has."""
         return self.pool.num_kv_blocks(range(self.span.start, self.span.end))
 
-    @property
-    def max_model_len(self) -> int:
-        """Prompt plus output tokens of the longest request that can be served."""
-        return min(self._limit, self.num_blocks * self.block_size)
+    # --- computing -------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def run(
         self, slices: Sequence[SequenceSlice], rows: Sequence[SamplingRow]
     ) -> list[SampledToken]:
         """Compute a batch; one token for each slice that wants one, in their order."""
-        tokens: list[SampledToken] = []
-        for logits in self.logits(slices):
-            tokens += sample(logits, rows[len(tokens) : len(tokens) + len(logits)])
-        return tokens
+        batch = make_batch(slices, self.block_size)
+        return self.sample(self.forward(batch, self.embed(batch)), batch, rows)
 
     @torch.inference_mode()
     def logits(self, slices: Sequence[SequenceSlice]) -> Iterator[torch.Tensor]:
-        """Compute a batch; logits `[rows, vocab]` of the slices that want a token, a few at once.
+        """Compute a batch; logits `[rows, vocab]` of slices that want a token, a few at once."""
+        batch = make_batch(slices, self.block_size)
+        yield from self._logits(self.forward(batch, self.embed(batch)), batch)
+
+    @torch.inference_mode()
+    def embed(self, batch: ForwardBatch) -> torch.Tensor:  # [num_tokens, hidden_size]
+        """Hidden states before the first layer; only where the span starts there."""
+        return self._stage.embed(batch.token_ids)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        batch: ForwardBatch,
+        hidden: torch.Tensor,  # [num_tokens, hidden_size], overwritten
+    ) -> torch.Tensor:  # [num_tokens, hidden_size]
+        """Run the layers of the span; writes the batch's KV."""
+        self._stage.forward(hidden, batch, self.span)
+        return hidden
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        hidden: torch.Tensor,  # [num_tokens, hidden_size] behind the last layer
+        batch: ForwardBatch,
+        rows: Sequence[SamplingRow],
+    ) -> list[SampledToken]:
+        """One token for each slice that wants one; only where the span ends the model."""
+        tokens: list[SampledToken] = []
+        for logits in self._logits(hidden, batch):
+            tokens += sample(logits, rows[len(tokens) : len(tokens) + len(logits)])
+        return tokens
+
+    def _logits(self, hidden: torch.Tensor, batch: ForwardBatch) -> Iterator[torch.Tensor]:
+        """Logits `[rows, vocab]`, a few rows at once.
 
         A batch of many short requests would else need more memory than its whole KV.
         """
-        batch = make_batch(slices, self.block_size)
-        hidden = self._stage.embed(batch.token_ids)
-        self._stage.forward(hidden, batch, self.span)
         for start in range(0, batch.logits_rows.numel(), _LOGITS_ROWS):
             yield self._stage.logits(hidden, batch.logits_rows[start : start + _LOGITS_ROWS])
+
+    # --- layers come and go ----------------------------------------------------------------------
+
+    def keep(self, span: Span) -> int:
+        """Serve `span` only: give the weights of all other layers to the KV of these.
+
+        The KV of the other layers stays as it is, until `settle`.
+
+        Returns:
+            The number of blocks there are now; those that were there keep their content.
+        """
+        self._span = span
+        self._stage.drop(span)
+        return self.pool.grow_kv_evenly(range(span.start, span.end))
+
+    def settle(self) -> int:
+        """Give the KV of layers that are not served to those that are; returns their blocks."""
+        others = [layer for layer in range(self.config.num_layers) if layer not in self.span]
+        self.pool.shrink_kv(others, 0)
+        return self.pool.grow_kv_evenly(range(self.span.start, self.span.end))
+
+    def kv_cache(self, layer: int) -> torch.Tensor:
+        """KV of a layer `[max_blocks, *kv_block_shape]`; only mapped blocks may be touched."""
+        return self._stage.kv_cache(layer)
 
     def close(self) -> None:
         """Give the memory back; nothing may be computed afterwards."""

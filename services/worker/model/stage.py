@@ -100,6 +100,10 @@ class Stage:
             )
         self._resident.add(arena.name)
 
+    def kv_cache(self, layer: int) -> torch.Tensor:
+        """KV of a layer `[max_blocks, *kv_block_shape]`; only mapped blocks may be touched."""
+        return self._kv_caches[layer]
+
     # --- running ---------------------------------------------------------------------------------
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,155 @@
+"""A worker's life in groups, on the event loop: plans in, answers out, links, streams that move.
+
+plan bucket --> LayoutFollower --> Transition --commands--> engine thread
+acks bucket <-- LayoutFollower <-- Transition <--events---- engine thread
+other workers' links --> LinkEndpoint --frames--> engine thread
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import assert_never
+
+import structlog
+
+from services.worker.engine.request import KvKey
+from services.worker.engine_thread import EngineThread, FrameReceived, LinkDown, ReleaseKv
+from services.worker.identity import ModelFacts
+from services.worker.layout_follower import LayoutFollower
+from services.worker.links.config import LinkConfig
+from services.worker.links.context import EndpointAddress, LinkContext, LinkHandlers
+from services.worker.links.endpoint import LinkEndpoint
+from services.worker.links.host import host_id
+from services.worker.pipeline.events import (
+    Adopted,
+    Committed,
+    GroupEvent,
+    HandedOver,
+    PrepareFailed,
+    Settled,
+)
+from services.worker.pipeline.handover import pack_request
+from services.worker.pipeline.messages import FrameKind, HandOver, RequestMessage
+from services.worker.settings import WorkerSettings
+from services.worker.streams import StreamTable
+from services.worker.transition import Placement, Transition
+from shared.buckets import open_acks, open_plan
+from shared.bus.base import Bus
+from shared.subjects import Subjects
+
+
+class GroupService:
+    """Built and started once; `run` is a task of the worker's service."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        bus: Bus,
+        engine: EngineThread,
+        streams: StreamTable,
+        placement: Placement,
+        *,
+        on_change: Callable[[ModelFacts | None], None],
+    ) -> None:
+        """Take the worker's parts.
+
+        Args:
+            on_change: the placement changed, or, with facts, what the worker holds.
+        """
+        self._settings = settings
+        self._bus = bus
+        self._subjects = Subjects(settings.deployment)
+        self._streams = streams
+        self._placement = placement
+        self._engine = engine
+        self._on_change = on_change
+        self._transition = Transition(settings.worker_id, placement, engine, self._on_transition)
+        self._endpoint = LinkEndpoint(self._link_context())
+        self._log = structlog.get_logger(component="groups")
+
+    async def start(self) -> None:
+        """Take links, and get ready to follow the plan. Raises ConfigError, LinkError, BusError."""
+        self._follower = LayoutFollower(
+            self._settings.worker_id,
+            self._placement,
+            self._transition,
+            plans=await open_plan(self._bus, self._subjects),
+            acks=await open_acks(self._bus, self._subjects),
+        )
+        await self._endpoint.start()
+        self._transition.start(self._endpoint)
+
+    async def run(self) -> None:
+        """Follow the plan for ever."""
+        await self._follower.run()
+
+    async def close(self) -> None:
+        """Take part in nothing new. Links that the engine has are closed by it."""
+        await self._transition.close()
+        await self._endpoint.close()
+
+    # --- what the engine says --------------------------------------------------------------------
+
+    def handle(self, event: GroupEvent) -> None:
+        """Act on what happened in the engine thread."""
+        match event:
+            case Committed(key, facts):
+                self._on_change(facts)
+                self._transition.applied(key)
+            case Settled(key, facts):
+                self._on_change(facts)
+                self._transition.settled(key)
+            case HandedOver():
+                self._hand_over(event)
+            case Adopted(requests):
+                for request in requests:
+                    self._streams.adopt(
+                        request.request_id, request.attempt, request.router_id, request.items
+                    )
+            case PrepareFailed(key, reason):
+                self._transition.prepare_failed(key, reason)
+            case _:
+                assert_never(event)
+
+    def _hand_over(self, event: HandedOver) -> None:
+        """Send the leader all requests that somebody still wants, with what was said of them."""
+        now, leader = time.monotonic(), event.peers.leader
+        requests: list[RequestMessage] = []
+        unwanted: list[KvKey] = []
+        for request in event.requests:
+            items = self._streams.move(request.request_id, request.attempt, leader, now)
+            if items is None:
+                unwanted.append(request.kv_key)
+            else:
+                requests.append(pack_request(request, items, now))
+        self._engine.submit(ReleaseKv(tuple(unwanted)))
+        message = HandOver(
+            worker_id=self._settings.worker_id,
+            num_blocks=event.num_blocks,
+            requests=tuple(requests),
+        )
+        event.peers.send(leader, FrameKind.HAND_OVER, message)
+        self._log.info("requests handed over", leader=leader, requests=len(requests))
+
+    def _on_transition(self) -> None:
+        self._follower.wake()
+        self._on_change(None)
+
+    # --- links -----------------------------------------------------------------------------------
+
+    def _link_context(self) -> LinkContext:
+        settings, engine, transition = self._settings, self._engine, self._transition
+        return LinkContext(
+            worker_id=settings.worker_id,
+            bus=self._bus,
+            subjects=self._subjects,
+            address=EndpointAddress(settings.link_host, settings.link_advertise, host_id()),
+            config=LinkConfig(bandwidth_bytes_per_second=settings.link_bandwidth),
+            handlers=LinkHandlers(
+                on_link=transition.links.on_link,
+                on_frame=lambda link, frame: engine.submit(FrameReceived(frame)),
+                on_down=lambda link, reason: engine.submit(LinkDown(link, reason)),
+            ),
+            current=lambda: transition.committed,
+        )

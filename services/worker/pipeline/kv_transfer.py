@@ -1,0 +1,56 @@
+"""A request's KV out of a worker's cache and into another's: whole blocks, layer after layer.
+
+cache of layer l   [ b0 | b1 | b2 | b3 | ... ]      block table of the request here: 3, 0
+part               [ l: b3 b0 | l+1: b3 b0 | ... ]  blocks in token order
+cache over there   [ -- | b3 | b0 | ... ]           block table of the request there: 1, 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from services.worker.links.base import Buffer
+from services.worker.model.runner import ModelRunner
+
+
+@torch.inference_mode()
+def gather_kv(
+    runner: ModelRunner, block_table: Sequence[int], start: int, end: int
+) -> torch.Tensor:  # [end - start, num_blocks, *kv_block_shape]
+    """A copy of the blocks `block_table` of the layers `[start, end)`."""
+    index = torch.tensor(block_table, dtype=torch.int64)
+    part = torch.empty((end - start, len(block_table), *runner.kv_block_shape))
+    for position, layer in enumerate(range(start, end)):
+        torch.index_select(runner.kv_cache(layer), 0, index, out=part[position])
+    return part
+
+
+@torch.inference_mode()
+def scatter_kv(
+    runner: ModelRunner, block_table: Sequence[int], start: int, end: int, buffer: Buffer
+) -> None:
+    """Write what `gather_kv` read into the blocks `block_table`, in the same order.
+
+    Raises:
+        ValueError: the buffer has another size.
+    """
+    index = torch.tensor(block_table, dtype=torch.int64)
+    part = float_tensor(buffer).view(end - start, len(block_table), *runner.kv_block_shape)
+    for position, layer in enumerate(range(start, end)):
+        runner.kv_cache(layer).index_copy_(0, index, part[position])
+
+
+def float_tensor(buffer: Buffer) -> torch.Tensor:  # [num_floats]
+    """A received buffer as floats; no copy is made.
+
+    Raises:
+        ValueError: it is empty, or not of whole floats.
+    """
+    return torch.frombuffer(buffer, dtype=torch.float32)
+
+
+def as_buffer(tensor: torch.Tensor) -> memoryview:
+    """A contiguous tensor's memory, which the view keeps alive."""
+    return tensor.numpy().data.cast("B")

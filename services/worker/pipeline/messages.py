@@ -1,0 +1,158 @@
+"""What the members of a group send each other on their links.
+
+    leader --Microbatch, hidden--> stage 1 --Microbatch, hidden--> ... last --Tokens--> leader
+    leader --Release, Order, Settle--> stage 1 --> stage 2 --> ...      down the chain, in order
+    any    --KvPart--> any --Filled--> leader                           one request's KV
+    follower --HandOver--> leader                                       once, when it has committed
+    follower --Capacity--> leader                                       when its blocks got more
+
+All that the leader orders goes down the chain of stages with its batches, so that every stage sees
+it in the order in which the leader booked it.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from pydantic import Field
+
+from services.worker.engine.request import KvKey
+from services.worker.engine.routes import RouteStage, Transfer
+from shared.messages import TokenItem, TokenLogprobs
+from shared.sampling import SamplingParams
+from shared.wire import Message, WireModel
+
+
+class FrameKind(IntEnum):
+    """`LinkFrame.kind`: which message the header is, and what the buffers are."""
+
+    MICROBATCH = 1  # hidden states [num_tokens, hidden_size] float32
+    TOKENS = 2
+    RELEASE = 3
+    ORDER = 4
+    KV_PART = 5  # blocks [num_layers, num_blocks, *kv_block_shape] float32
+    FILLED = 6
+    HAND_OVER = 7
+    CAPACITY = 8
+    SETTLE = 9
+
+
+class RowMessage(WireModel):
+    """One row that the last stage samples; see `SamplingRow`.
+
+    Token ids are packed, and empty where the request's penalties do not need them.
+    """
+
+    params: SamplingParams
+    position: int
+    prompt_token_ids: bytes = b""
+    output_token_ids: bytes = b""
+    forbidden_token_ids: tuple[int, ...] = ()
+
+
+class Microbatch(Message):
+    """A batch on its way; the columns have one entry for each request in it.
+
+    Attributes:
+        keys: whose tokens `[start, start + length)` are computed.
+        token_ids: all of them, packed.
+        rows: for each request that wants a token, in order.
+    """
+
+    step: int
+    keys: tuple[KvKey, ...]
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    wants_token: tuple[bool, ...]
+    token_ids: bytes
+    rows: tuple[RowMessage, ...]
+
+
+class Tokens(Message):
+    """The end of a microbatch: its tokens, one for each row, or why it failed."""
+
+    step: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    error: str = ""
+
+
+class Release(Message):
+    """Free what these keys hold, by worker."""
+
+    keys: dict[str, tuple[KvKey, ...]]
+
+
+class Order(Message):
+    """Let the KV of the first `num_tokens` tokens of a request travel.
+
+    `serial` counts the leader's orders: a part that comes with a higher one than a stage has seen
+    is early, and one for a key that the stage does not hold any more is not wanted.
+    """
+
+    serial: int
+    key: KvKey
+    num_tokens: int
+    transfers: tuple[Transfer, ...]
+
+
+class KvPart(Message):
+    """KV of the layers `[start, end)` of one request, in the buffer."""
+
+    serial: int
+    key: KvKey
+    num_tokens: int
+    start: int
+    end: int
+
+
+class Filled(Message):
+    """All KV that an order sent to `worker_id` is there, or why it cannot be."""
+
+    key: KvKey
+    worker_id: str
+    error: str = ""
+
+
+class Capacity(Message):
+    """So many blocks more of `worker_id` may be booked by the leader."""
+
+    worker_id: str
+    num_blocks: int
+
+
+class Settle(Message):
+    """No request is left on the layout before: its memory may be used."""
+
+
+class RequestMessage(WireModel):
+    """A request that changes its scheduler, and what its router has been told of it.
+
+    Times are ages, because workers do not share a clock.
+
+    Attributes:
+        origin: where its KV lies; empty where it has none.
+    """
+
+    request_id: str
+    router_id: str
+    attempt: int
+    prompt_token_ids: bytes
+    output_token_ids: bytes
+    sampling: SamplingParams
+    eos_token_ids: tuple[int, ...]
+    num_computed_tokens: int
+    num_preemptions: int
+    age_seconds: float
+    queued_seconds: float | None
+    origin_id: str = ""
+    origin: tuple[RouteStage, ...] = ()
+    items: tuple[TokenItem, ...] = Field(default=(), description="said to its router so far")
+
+
+class HandOver(Message):
+    """All requests of a follower, and how many of its blocks the leader may book besides theirs."""
+
+    worker_id: str
+    num_blocks: int
+    requests: tuple[RequestMessage, ...]

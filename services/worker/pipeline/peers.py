@@ -1,0 +1,118 @@
+"""A worker's place in a group, and its links to the other members."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from services.worker.engine.routes import Route
+from services.worker.links.base import Buffer, Link, LinkClass, LinkDownError, LinkFrame
+from services.worker.pipeline.messages import FrameKind
+from shared.layout import GroupPlan, Span
+from shared.wire import Message
+
+
+@dataclass(frozen=True, slots=True)
+class GroupKey:
+    """Identifies a group for as long as it stays as it is; frames carry it."""
+
+    group_id: str
+    epoch: int
+
+
+class GroupPeers:
+    """The other members of a group as one of them reaches them.
+
+    Sending to a member whose link is down does nothing: the link says so itself, once, and then
+    the group is over.
+    """
+
+    def __init__(self, worker_id: str, group: GroupPlan, links: Mapping[str, Link]) -> None:
+        """Take the links to all other members; they belong to the group from now on."""
+        self.worker_id = worker_id
+        self.group = group
+        self.key = GroupKey(group.group_id, group.epoch)
+        self.route = Route.of_group(group, group.epoch)
+        self._links = dict(links)
+        self._bulk: dict[str, deque[LinkFrame]] = {peer: deque() for peer in links}
+        self._position = self.route.worker_ids.index(worker_id)
+
+    @property
+    def span(self) -> Span:
+        """The layers of this member."""
+        return self.group.members[self._position].span
+
+    @property
+    def leader(self) -> str:
+        """The member of stage 0."""
+        return self.route.leader
+
+    @property
+    def is_leader(self) -> bool:
+        """True for the member of stage 0."""
+        return self._position == 0
+
+    @property
+    def next_worker_id(self) -> str | None:
+        """The member of the next stage; None for the last one."""
+        following = self.route.worker_ids[self._position + 1 :]
+        return following[0] if following else None
+
+    @property
+    def followers(self) -> tuple[str, ...]:
+        """All members but the leader."""
+        return self.route.worker_ids[1:]
+
+    @property
+    def is_connected(self) -> bool:
+        """True while all links are up."""
+        return all(link.is_up for link in self._links.values())
+
+    def has_link(self, link: Link) -> bool:
+        """True if `link` is one of the group's."""
+        return any(own is link for own in self._links.values())
+
+    def send(
+        self, worker_id: str, kind: FrameKind, message: Message, buffers: Sequence[Buffer] = ()
+    ) -> None:
+        """Send a control message or an activation; the buffers may be reused at once."""
+        frame = self._frame(kind, message, buffers)
+        try:
+            self._links[worker_id].send(frame, LinkClass.CONTROL)
+        except LinkDownError:
+            return
+
+    def send_next(self, kind: FrameKind, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+        """Send down the chain of stages; the last one has nobody to send to."""
+        if self.next_worker_id is not None:
+            self.send(self.next_worker_id, kind, message, buffers)
+
+    def send_bulk(self, worker_id: str, kind: FrameKind, message: Message, buffer: Buffer) -> None:
+        """Queue KV for a member; the buffer must not change any more."""
+        self._bulk[worker_id].append(self._frame(kind, message, (buffer,)))
+        self.push_bulk()
+
+    @property
+    def has_backlog(self) -> bool:
+        """True while KV waits for room on a link."""
+        return any(self._bulk.values())
+
+    def push_bulk(self) -> None:
+        """Give the links as much of the queued KV as they take."""
+        for worker_id, frames in self._bulk.items():
+            try:
+                while frames and self._links[worker_id].send(frames[0], LinkClass.EXCHANGE):
+                    frames.popleft()
+            except LinkDownError:
+                frames.clear()
+
+    def close(self) -> None:
+        """Close the links; the others notice."""
+        for link in self._links.values():
+            link.close()
+
+    def _frame(self, kind: FrameKind, message: Message, buffers: Sequence[Buffer]) -> LinkFrame:
+        return LinkFrame(
+            kind, self.key.group_id, self.key.epoch, header=message.encode(), buffers=buffers
+        )

@@ -1,0 +1,15 @@
+"""Kernels, made once for all tests of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from services.worker.kernels.cpu import CpuKernels
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Iterator[CpuKernels]:
+    with CpuKernels(1) as kernels:
+        yield kernels

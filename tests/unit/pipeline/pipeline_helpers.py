@@ -1,0 +1,241 @@
+"""Several engines in one thread, linked as worker processes are, driven until nothing moves."""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+
+from services.worker.core import EngineCore
+from services.worker.engine.block_manager import BlockManager
+from services.worker.engine.config import SchedulerConfig
+from services.worker.engine.request import Request
+from services.worker.engine.routes import Route, RouteStage
+from services.worker.engine.scheduler import Scheduler
+from services.worker.kernels.cpu import CpuKernels
+from services.worker.links.base import DownReason, Link, LinkFrame, LinkPeer, Transport
+from services.worker.links.config import LinkConfig
+from services.worker.links.link import StreamLink
+from services.worker.links.shm import create_ring_memory
+from services.worker.model.runner import ModelRunner
+from services.worker.pipeline.events import GroupEvent, HandedOver
+from services.worker.pipeline.handover import pack_request
+from services.worker.pipeline.member import GroupMember
+from services.worker.pipeline.messages import FrameKind, HandOver
+from services.worker.pipeline.peers import GroupKey, GroupPeers
+from shared.layout import GroupPlan, MemberPlan, Span
+from shared.messages import TokenItem
+from tests.conftest import DEADLINE_SECONDS
+from tests.link_peer import connected_sockets, make_stream
+from tests.tiny_models import NUM_LAYERS
+from tests.unit.model.model_helpers import open_runner
+
+MAX_MODEL_LEN = 128
+
+
+@dataclass
+class Engine:
+    """One worker's engine without its thread."""
+
+    worker_id: str
+    runner: ModelRunner
+    scheduler: Scheduler
+    core: EngineCore
+    member: GroupMember
+    inbox: queue.SimpleQueue[LinkFrame] = field(default_factory=queue.SimpleQueue)
+    downs: list[tuple[Link, DownReason]] = field(default_factory=list)
+    items: list[TokenItem] = field(default_factory=list)
+    events: list[GroupEvent] = field(default_factory=list)
+
+    def on_frame(self, link: Link, frame: LinkFrame) -> None:
+        self.inbox.put(frame)
+
+    def on_down(self, link: Link, reason: DownReason) -> None:
+        self.downs.append((link, reason))
+
+    def turn(self) -> bool:
+        """What the engine thread does in one round; False if it found nothing to do."""
+        now = time.monotonic()
+        num_frames = self.inbox.qsize()
+        for _ in range(num_frames):
+            self.items += self.member.on_frame(self.inbox.get(), now)
+        self.member.pump()
+        self.items += self.core.step(now)
+        self.member.pump()
+        events = self.member.take_events()
+        for event in events:
+            if isinstance(event, HandedOver):
+                self._send_requests(event)
+        self.events += events
+        return bool(num_frames or events or not self.core.is_waiting)
+
+    def of(self, request_id: str) -> list[TokenItem]:
+        return [item for item in self.items if item.request_id == request_id]
+
+    def event(self, kind: type[GroupEvent]) -> bool:
+        return any(isinstance(event, kind) for event in self.events)
+
+    def _send_requests(self, event: HandedOver) -> None:
+        requests = [pack_request(request, (), time.monotonic()) for request in event.requests]
+        message = HandOver(
+            worker_id=self.worker_id, num_blocks=event.num_blocks, requests=tuple(requests)
+        )
+        event.peers.send(event.peers.leader, FrameKind.HAND_OVER, message)
+
+
+def make_engine(
+    worker_id: str, runner: ModelRunner, num_blocks: int | None = None, num_tokens: int = 32
+) -> Engine:
+    config = SchedulerConfig(
+        max_num_batched_tokens=num_tokens,
+        max_num_seqs=16,
+        max_model_len=MAX_MODEL_LEN,
+        min_prefill_tokens=16,
+    )
+    scheduler = Scheduler(
+        config,
+        BlockManager(num_blocks or runner.num_blocks, runner.block_size),
+        Route("replica", (RouteStage(worker_id, 0, NUM_LAYERS),)),
+    )
+    core = EngineCore(scheduler, runner)
+    return Engine(worker_id, runner, scheduler, core, GroupMember(core, scheduler, runner))
+
+
+@dataclass
+class Cluster:
+    """Engines, and the group they may become."""
+
+    engines: list[Engine]
+    group: GroupPlan
+
+    @property
+    def leader(self) -> Engine:
+        return self.engines[0]
+
+    @property
+    def key(self) -> GroupKey:
+        return GroupKey(self.group.group_id, self.group.epoch)
+
+    def commit(self, engines: Sequence[Engine] | None = None) -> None:
+        for engine in self.engines if engines is None else engines:
+            engine.items += engine.member.commit(self.key, time.monotonic())
+
+    def run(self, until: object = None) -> None:
+        """Turn all engines until none has requests and nothing is on its way, or until `until`."""
+        ends_at = time.monotonic() + DEADLINE_SECONDS
+        while not self._is_done(until):
+            moved = [engine.turn() for engine in self.engines]
+            if not any(moved):
+                time.sleep(0.0005)
+            assert time.monotonic() < ends_at, self.picture()
+
+    def tokens(self, request_id: str) -> list[int]:
+        """All tokens of a stream, whoever gave them; none may come twice."""
+        items = [item for engine in self.engines for item in engine.of(request_id)]
+        tokens: list[int] = []
+        for item in sorted(items, key=lambda item: item.index):
+            assert item.error == ""
+            assert item.index == len(tokens)
+            tokens += item.token_ids
+        return tokens
+
+    def check(self) -> None:
+        """Nothing leaks on any worker."""
+        for engine in self.engines:
+            engine.core.check_integrity()
+            engine.runner.pool.check_integrity()
+            blocks = engine.scheduler.blocks
+            assert blocks.num_used(engine.worker_id) == 0
+            assert blocks.stage.keys == ()
+
+    def picture(self) -> str:
+        """Where everything stands, for a failing test."""
+        return "; ".join(
+            f"{engine.worker_id} {engine.core.load()}"
+            f" in flight {engine.scheduler.num_batches_in_flight}"
+            f" held {len(engine.scheduler.blocks.stage.keys)} down {engine.downs}"
+            for engine in self.engines
+        )
+
+    def _is_done(self, until: object) -> bool:
+        if callable(until):
+            return bool(until())
+        return not any(engine.core.has_work for engine in self.engines)
+
+    def quiesce(self) -> None:
+        """Turn until every stage holds nothing any more."""
+        self.run(lambda: all(not engine.scheduler.blocks.stage.keys for engine in self.engines))
+
+
+def make_group(worker_ids: Sequence[str]) -> GroupPlan:
+    bounds = [NUM_LAYERS * position // len(worker_ids) for position in range(len(worker_ids) + 1)]
+    members = tuple(
+        MemberPlan(worker_id=worker_id, span=Span(start=start, end=end))
+        for worker_id, start, end in zip(worker_ids, bounds, bounds[1:], strict=False)
+    )
+    return GroupPlan(group_id="g", epoch=7, members=members)
+
+
+@contextmanager
+def open_cluster(
+    directory: Path,
+    kernels: CpuKernels,
+    num_workers: int = 2,
+    transport: Transport = Transport.SHM,
+    link_config: LinkConfig | None = None,
+    **engine: int,
+) -> Iterator[Cluster]:
+    """Replicas with links to each other, prepared to become one group."""
+    names = [f"w{position}" for position in range(num_workers)]
+    with ExitStack() as stack:
+        runners = [stack.enter_context(open_runner(directory, kernels)) for _ in names]
+        engines = [make_engine(n, r, **engine) for n, r in zip(names, runners, strict=True)]
+        cluster = Cluster(engines, make_group(names))
+        links: dict[str, dict[str, StreamLink]] = {name: {} for name in names}
+        for near, far in combinations(engines, 2):
+            pair = _link(near, far, transport, link_config or LinkConfig(silence_seconds=30.0))
+            links[near.worker_id][far.worker_id], links[far.worker_id][near.worker_id] = pair
+        for engine in engines:
+            peers = GroupPeers(engine.worker_id, cluster.group, links[engine.worker_id])
+            engine.member.prepare(peers)
+            stack.callback(engine.member.close)
+        yield cluster
+
+
+def _link(
+    near: Engine, far: Engine, transport: Transport, config: LinkConfig
+) -> tuple[StreamLink, StreamLink]:
+    near_socket, far_socket = connected_sockets(transport)
+    memory = create_ring_memory()
+    streams = (
+        make_stream(transport, near_socket, memory, is_acceptor=False),
+        make_stream(transport, far_socket, memory, is_acceptor=True),
+    )
+    os.close(memory)
+    links = tuple(
+        StreamLink(stream, LinkPeer(peer.worker_id, "g", 1, 7), config, own.on_frame, own.on_down)
+        for stream, own, peer in zip(streams, (near, far), (far, near), strict=True)
+    )
+    for link in links:
+        link.start()
+    return links[0], links[1]
+
+
+def undisturbed(
+    directory: Path, kernels: CpuKernels, requests: Sequence[Request]
+) -> dict[str, list[int]]:
+    """What a replica alone gives for each of the requests."""
+    tokens = {}
+    with open_runner(directory, kernels) as runner:
+        for request in requests:
+            engine = make_engine("alone", runner)
+            assert engine.core.add(request) == []
+            while engine.core.has_work:
+                engine.turn()
+            tokens[request.request_id] = [t for item in engine.items for t in item.token_ids]
+    return tokens
