@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import secrets
 from enum import StrEnum
-from pathlib import Path
 
 from pydantic import Field, field_validator
 
 from services.planner.inputs import Timing
-from shared.logging import LogFormat
-from shared.settings import Settings
+from shared.service_settings import ServiceSettings
 from shared.subjects import validate_name
 
 
@@ -26,18 +24,11 @@ def default_planner_id() -> str:
     return f"planner-{secrets.token_hex(4)}"
 
 
-class PlannerSettings(Settings):
+class PlannerSettings(ServiceSettings):
     """One planner of a cluster."""
 
-    deployment: str = Field(default="default", description="name of the cluster on the NATS server")
-    nats: str = Field(default="nats://127.0.0.1:4222", description="URL of the NATS server")
-    nats_creds: Path | None = Field(default=None, description="NATS credentials file")
-    nats_nkey: Path | None = Field(default=None, description="file with a NATS nkey seed")
     planner_id: str = Field(
         default_factory=default_planner_id, description="unique name (default: random)"
-    )
-    lease_ttl_seconds: float = Field(
-        default=6.0, ge=2.0, description="a process silent for so long is gone"
     )
     load_stale_seconds: float = Field(
         default=2.0, gt=0.0, description="a load report older than this says nothing"
@@ -64,8 +55,6 @@ class PlannerSettings(Settings):
         le=65535,
         description="port of the admin endpoints, 0 for any (default: none)",
     )
-    log_format: LogFormat = Field(default=LogFormat.TEXT, description="text or json")
-    log_level: str = Field(default="info", description="debug, info, warning or error")
 
     @property
     def timing(self) -> Timing:
@@ -81,10 +70,3 @@ class PlannerSettings(Settings):
     @classmethod
     def _check_planner_id(cls, value: str) -> str:
         return validate_name(value, "planner id")
-
-    @field_validator("log_level")
-    @classmethod
-    def _check_log_level(cls, value: str) -> str:
-        if value.lower() not in {"debug", "info", "warning", "error"}:
-            raise ValueError(f"{value!r} is none of debug, info, warning, error")
-        return value.lower()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from shared.logging import LogFormat
-from shared.settings import ByteSize, Settings
+from shared.service_settings import ServiceSettings
+from shared.settings import ByteSize
 from shared.subjects import validate_name
 
 MIB = 1024**2
@@ -27,13 +27,9 @@ def default_router_id() -> str:
     return f"router-{secrets.token_hex(4)}"
 
 
-class RouterSettings(Settings):
+class RouterSettings(ServiceSettings):
     """One HTTP endpoint of the cluster."""
 
-    deployment: str = Field(default="default", description="name of the cluster on the NATS server")
-    nats: str = Field(default="nats://127.0.0.1:4222", description="URL of the NATS server")
-    nats_creds: Path | None = Field(default=None, description="NATS credentials file")
-    nats_nkey: Path | None = Field(default=None, description="file with a NATS nkey seed")
     router_id: str = Field(
         default_factory=default_router_id, description="unique name (default: random)"
     )
@@ -82,23 +78,11 @@ class RouterSettings(Settings):
     keepalive_timeout_seconds: float = Field(
         default=75.0, gt=0.0, description="idle time before a kept-alive connection is closed"
     )
-    lease_ttl_seconds: float = Field(
-        default=6.0, ge=2.0, description="a process silent for so long is gone"
-    )
     drain_timeout_seconds: float = Field(
         default=120.0, ge=0.0, description="time running requests get at shutdown"
     )
-    log_format: LogFormat = Field(default=LogFormat.TEXT, description="text or json")
-    log_level: str = Field(default="info", description="debug, info, warning or error")
 
     @field_validator("router_id")
     @classmethod
     def _check_router_id(cls, value: str) -> str:
         return validate_name(value, "router id")
-
-    @field_validator("log_level")
-    @classmethod
-    def _check_log_level(cls, value: str) -> str:
-        if value.lower() not in {"debug", "info", "warning", "error"}:
-            raise ValueError(f"{value!r} is none of debug, info, warning, error")
-        return value.lower()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from shared.logging import LogFormat
-from shared.settings import ByteSize, Settings
+from shared.service_settings import ServiceSettings
+from shared.settings import ByteSize
 from shared.subjects import validate_name
 
 MIB = 1024**2
@@ -38,13 +38,9 @@ def default_worker_id() -> str:
     return f"{host[:40]}-{secrets.token_hex(3)}"
 
 
-class WorkerSettings(Settings):
+class WorkerSettings(ServiceSettings):
     """One serving instance: one process, one device, one memory budget."""
 
-    deployment: str = Field(default="default", description="name of the cluster on the NATS server")
-    nats: str = Field(default="nats://127.0.0.1:4222", description="URL of the NATS server")
-    nats_creds: Path | None = Field(default=None, description="NATS credentials file")
-    nats_nkey: Path | None = Field(default=None, description="file with a NATS nkey seed")
     worker_id: str = Field(
         default_factory=default_worker_id, description="unique name (default: host and random)"
     )
@@ -82,9 +78,6 @@ class WorkerSettings(Settings):
     load_interval_seconds: float = Field(
         default=0.1, gt=0.0, le=5.0, description="time between load reports"
     )
-    lease_ttl_seconds: float = Field(
-        default=6.0, ge=2.0, description="a worker silent for so long is gone"
-    )
     drain_timeout_seconds: float = Field(
         default=120.0, ge=0.0, description="time running requests get at shutdown"
     )
@@ -104,8 +97,6 @@ class WorkerSettings(Settings):
         le=65535,
         description="port of the admin endpoints, 0 for any (default: none)",
     )
-    log_format: LogFormat = Field(default=LogFormat.TEXT, description="text or json")
-    log_level: str = Field(default="info", description="debug, info, warning or error")
 
     @field_validator("worker_id")
     @classmethod
@@ -118,10 +109,3 @@ class WorkerSettings(Settings):
         if value % 4096:
             raise ValueError(f"{value} is not a multiple of the 4096-byte page")
         return value
-
-    @field_validator("log_level")
-    @classmethod
-    def _check_log_level(cls, value: str) -> str:
-        if value.lower() not in {"debug", "info", "warning", "error"}:
-            raise ValueError(f"{value!r} is none of debug, info, warning, error")
-        return value.lower()
