@@ -14,12 +14,12 @@ import torch
 from services.worker.core import EngineCore
 from services.worker.engine.block_manager import BlockManager
 from services.worker.engine.config import SchedulerConfig
-from services.worker.engine.routes import Route, RouteStage
 from services.worker.engine.scheduler import Scheduler
 from services.worker.facts import model_facts
 from services.worker.identity import ModelFacts
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.model.runner import ModelRunner, RunnerConfig
+from services.worker.pipeline.leader_restore import replica_route
 from services.worker.pipeline.member import GroupMember
 from services.worker.settings import WorkerSettings
 from shared.cache_dir import default_cache_dir
@@ -69,13 +69,8 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
             watermark=settings.watermark,
         ),
         BlockManager(runner.num_blocks, runner.block_size),
-        _replica(settings.worker_id, runner.config.num_layers),
+        replica_route(settings.worker_id, runner.config.num_layers),
     )
     core = EngineCore(scheduler, runner)
     member = GroupMember(core, scheduler, runner)
     return BuiltEngine(core, member, model_facts(runner), runner)
-
-
-def _replica(worker_id: str, num_layers: int) -> Route:
-    """The route of a worker that serves alone."""
-    return Route("replica", (RouteStage(worker_id, 0, num_layers),))

@@ -69,6 +69,10 @@ class EngineCore:
         """Batches of `route` go into `pipeline` from now on."""
         self._pipelines[route.route_id] = pipeline
 
+    def remove_pipeline(self, route: Route) -> None:
+        """No batch will be made for `route` any more."""
+        self._pipelines.pop(route.route_id, None)
+
     def add(self, request: Request) -> list[TokenItem]:
         """Queue a request; a refusal ends its stream with an error item."""
         result = self._scheduler.add(request)

@@ -35,8 +35,8 @@ from shared.messages import TokenItem
 
 #: How long an idle thread sleeps before it looks at its stop flag.
 _IDLE_SECONDS = 1.0
-#: The same while KV waits for room on a link.
-_BACKLOG_SECONDS = 0.002
+#: The same while KV waits for room on a link, or layers are loaded.
+_BUSY_SECONDS = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,23 @@ class CommitGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class PrepareRestore:
+    """Get the missing layers back for the plan of `epoch`."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class UndoRestore:
+    """The pipeline stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRestore:
+    """Serve alone from now on."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseKv:
     """Requests that were handed over turned out to be wanted by nobody."""
 
@@ -107,7 +124,9 @@ class Stop:
     """Leave the thread; unfinished requests are abandoned."""
 
 
-GroupCommand = PrepareGroup | AbandonGroup | CommitGroup | ReleaseKv | FrameReceived | LinkDown
+RestoreCommand = PrepareRestore | UndoRestore | CommitRestore
+LinkNews = FrameReceived | LinkDown
+GroupCommand = PrepareGroup | AbandonGroup | CommitGroup | ReleaseKv | RestoreCommand | LinkNews
 Command = Add | Cancel | Drain | Stop | GroupCommand
 
 
@@ -226,7 +245,7 @@ def _wait_seconds(core: EngineCore, member: GroupMember) -> float:
     """How long to sleep if nothing arrives; whatever arrives ends it."""
     if not core.is_waiting:
         return 0.0
-    return _BACKLOG_SECONDS if member.has_backlog else _IDLE_SECONDS
+    return _BUSY_SECONDS if member.is_busy else _IDLE_SECONDS
 
 
 def _apply(core: EngineCore, member: GroupMember, command: Command) -> list[TokenItem]:
@@ -243,6 +262,12 @@ def _apply(core: EngineCore, member: GroupMember, command: Command) -> list[Toke
             member.prepare(peers)
         case AbandonGroup(key):
             member.abandon(key)
+        case PrepareRestore(epoch):
+            member.prepare_restore(epoch)
+        case UndoRestore():
+            member.undo_restore()
+        case CommitRestore():
+            member.commit_restore()
         case ReleaseKv(keys):
             member.release(keys)
         case LinkDown(link, reason):

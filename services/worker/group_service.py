@@ -21,19 +21,22 @@ from services.worker.links.config import LinkConfig
 from services.worker.links.context import EndpointAddress, LinkContext, LinkHandlers
 from services.worker.links.endpoint import LinkEndpoint
 from services.worker.links.host import host_id
+from services.worker.member_state import Placement
 from services.worker.pipeline.events import (
     Adopted,
     Committed,
+    Dissolved,
     GroupEvent,
     HandedOver,
     PrepareFailed,
+    Restored,
     Settled,
 )
 from services.worker.pipeline.handover import pack_request
 from services.worker.pipeline.messages import FrameKind, HandOver, RequestMessage
 from services.worker.settings import WorkerSettings
 from services.worker.streams import StreamTable
-from services.worker.transition import Placement, Transition
+from services.worker.transition import Transition
 from shared.buckets import open_acks, open_plan
 from shared.bus.base import Bus
 from shared.subjects import Subjects
@@ -107,6 +110,11 @@ class GroupService:
                     self._streams.adopt(
                         request.request_id, request.attempt, request.router_id, request.items
                     )
+            case Restored(key, facts):
+                self._on_change(facts)
+                self._transition.restored(key)
+            case Dissolved(key):
+                self._transition.dissolved(key)
             case PrepareFailed(key, reason):
                 self._transition.prepare_failed(key, reason)
             case _:

@@ -15,9 +15,9 @@ import structlog
 from services.worker.admission import AdmissionLimits, admit
 from services.worker.engine.request import Request
 from services.worker.engine_thread import Add, Cancel, EngineThread
+from services.worker.member_state import Placement
 from services.worker.outbound import TokenPublisher
 from services.worker.streams import StreamTable
-from services.worker.transition import Placement
 from shared import messages
 from shared.bus.base import Bus, BusMessage
 from shared.messages import (

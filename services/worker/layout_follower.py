@@ -12,7 +12,8 @@ from contextlib import aclosing
 
 import structlog
 
-from services.worker.transition import Answer, Placement, Transition
+from services.worker.member_state import Answer, Placement
+from services.worker.transition import Transition
 from shared.bus.base import BusError, KeyValue
 from shared.layout import Plan
 from shared.messages import PlanAck

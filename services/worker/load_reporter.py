@@ -8,7 +8,7 @@ import structlog
 
 from services.worker.engine.outputs import SchedulerLoad
 from services.worker.identity import ModelFacts
-from services.worker.transition import Placement
+from services.worker.member_state import Placement
 from shared.bus.base import Bus, BusError
 from shared.messages import LoadReport
 from shared.subjects import Subjects

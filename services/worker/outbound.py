@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import structlog
 
-from services.worker.transition import Placement
+from services.worker.member_state import Placement
 from shared.bus.base import Bus, BusError
 from shared.messages import TokenFrame, TokenItem
 from shared.subjects import Subjects

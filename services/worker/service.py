@@ -28,11 +28,11 @@ from services.worker.group_service import GroupService
 from services.worker.identity import Identity, ModelFacts
 from services.worker.intake import Intake
 from services.worker.load_reporter import LoadReporter
+from services.worker.member_state import Placement
 from services.worker.metrics import WorkerMetrics
 from services.worker.outbound import TokenPublisher
 from services.worker.settings import Device, WorkerSettings
 from services.worker.streams import StreamTable
-from services.worker.transition import Placement
 from shared.buckets import open_members
 from shared.bus.base import Bus
 from shared.bus.nats import Credentials, connect

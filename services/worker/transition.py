@@ -1,11 +1,7 @@
 """A worker's way from one layout to another, as the plans say: the event loop's part.
 
-    ALONE --PREPARE--> PREPARING --links up--> PREPARED --COMMIT--> COMMITTING
-      ^                    |                       |                    | the engine did it
-      +---- another plan, or a link cannot be had -+                 SETTLING --KV moved--> GROUPED
-
-Nothing is given up before COMMIT, and COMMIT is refused by whoever is not prepared for that very
-group. What the engine does about it is in `pipeline/member.py`.
+The states are in `member_state.py`; what the engine does about them, in `pipeline/member.py`.
+Nothing is given up before COMMIT, and COMMIT is refused by whoever is not prepared for that group.
 """
 
 from __future__ import annotations
@@ -13,15 +9,31 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum, auto
 
 import structlog
 
-from services.worker.engine_thread import AbandonGroup, CommitGroup, EngineThread, PrepareGroup
+from services.worker.engine_thread import (
+    AbandonGroup,
+    CommitGroup,
+    CommitRestore,
+    EngineThread,
+    PrepareGroup,
+    PrepareRestore,
+    UndoRestore,
+)
 from services.worker.group_links import GroupLinks
 from services.worker.links.base import LinkError
 from services.worker.links.endpoint import LinkEndpoint
+from services.worker.member_state import (
+    ANSWERS,
+    INCOMPLETE,
+    SILENT,
+    TRANSITIONS,
+    Answer,
+    IllegalTransitionError,
+    MemberState,
+    Placement,
+)
 from services.worker.pipeline.peers import GroupKey, GroupPeers
 from shared.errors import KunserveError
 from shared.layout import GroupPlan, Plan, PlanPhase
@@ -31,65 +43,8 @@ from shared.messages import AckState
 _PREPARE_SECONDS = 5.0
 
 
-class IllegalTransitionError(KunserveError):
-    """A fault in the worker: a member cannot go from this state to that."""
-
-
 class GroupBrokenUpError(KunserveError):
     """The plan ends a pipeline whose layers this worker has given up."""
-
-
-class MemberState(Enum):
-    """How far a worker is in its group; `TRANSITIONS` says what may follow what."""
-
-    ALONE = auto()  # holds every layer and leads itself
-    PREPARING = auto()  # opens links; serves as before
-    PREPARED = auto()  # has links; serves as before
-    COMMITTING = auto()  # the engine was told
-    SETTLING = auto()  # serves its layers; requests of before are still moved
-    GROUPED = auto()  # nothing is left of the layout before
-
-
-TRANSITIONS: dict[MemberState, frozenset[MemberState]] = {
-    MemberState.ALONE: frozenset({MemberState.PREPARING}),
-    MemberState.PREPARING: frozenset({MemberState.PREPARED, MemberState.ALONE}),
-    MemberState.PREPARED: frozenset({MemberState.COMMITTING, MemberState.ALONE}),
-    MemberState.COMMITTING: frozenset({MemberState.SETTLING}),
-    MemberState.SETTLING: frozenset({MemberState.GROUPED}),
-    MemberState.GROUPED: frozenset(),
-}
-
-#: What is said of a plan whose group is the one the worker is in.
-_ANSWERS: dict[MemberState, AckState] = {
-    MemberState.PREPARED: AckState.PREPARED,
-    MemberState.SETTLING: AckState.APPLIED,
-    MemberState.GROUPED: AckState.SETTLED,
-}
-
-
-@dataclass(slots=True)
-class Placement:
-    """Where the worker stands in the newest plan; changed by `Transition` only.
-
-    Attributes:
-        group_id: the group it serves in now; empty where no plan places it.
-        is_leader: whether it takes requests for that group.
-    """
-
-    term: int = 0
-    epoch: int = 0
-    group_id: str = ""
-    is_leader: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the worker says to the newest plan."""
-
-    term: int
-    epoch: int
-    state: AckState
-    detail: str = ""
 
 
 class Transition:
@@ -150,17 +105,31 @@ class Transition:
         self._on_change()
 
     def _take_prepare(self, plan: Plan, group: GroupPlan | None) -> None:
-        if group is None or group == self._group or self._serves_alone_in(group):
+        is_alone = group is None or len(group.members) == 1
+        if self._state in (MemberState.ALONE, MemberState.PREPARING, MemberState.PREPARED):
+            if group is None or is_alone or group == self._group:
+                self._repeat(AckState.PREPARED)
+            else:
+                self._go_alone()
+                self._prepare(plan, group)
+        elif is_alone and self._state is MemberState.GROUPED:
+            self._enter(MemberState.RESTORING)
+            self.answer = None
+            self._engine.submit(PrepareRestore(plan.epoch))
+        elif is_alone and self._state in (MemberState.RESTORING, MemberState.RESTORED):
             self._repeat(AckState.PREPARED)
-        elif self._state in (MemberState.COMMITTING, MemberState.SETTLING, MemberState.GROUPED):
-            self._say(AckState.REFUSED, "the worker serves in another group")
+        elif group == self._group:
+            self._stay()
+            self._say(AckState.PREPARED)
         else:
-            self._go_alone()
-            self._prepare(plan, group)
+            self._say(AckState.REFUSED, f"the worker is {self._state.name.lower()} in its group")
 
     def _take_commit(self, group: GroupPlan | None) -> None:
         if group is None or len(group.members) == 1:
             self._take_alone(group)
+        elif group == self._group and self._state in (MemberState.RESTORING, MemberState.RESTORED):
+            self._stay()
+            self._repeat(AckState.APPLIED)
         elif group == self._group and self._state is MemberState.PREPARED:
             self._commit(group)
         elif group == self._group and self._state is not MemberState.PREPARING:
@@ -170,14 +139,44 @@ class Transition:
             self._say(AckState.REFUSED, "the worker is not prepared for this group")
 
     def _take_alone(self, group: GroupPlan | None) -> None:
-        if self._state in (MemberState.COMMITTING, MemberState.SETTLING, MemberState.GROUPED):
+        if self._state is MemberState.RESTORED:
+            self._leave(group)
+            return
+        if self._state in INCOMPLETE:
             raise GroupBrokenUpError("the plan has ended this worker's group: it must start anew")
         self._go_alone()
         self._place(group)
-        self._say(AckState.APPLIED)
+        self._repeat(AckState.APPLIED)
 
-    def _serves_alone_in(self, group: GroupPlan) -> bool:
-        return self._state is MemberState.ALONE and len(group.members) == 1
+    # --- restore ---------------------------------------------------------------------------------
+
+    def _leave(self, group: GroupPlan | None) -> None:
+        """Take requests for itself; those on the pipeline come home or end."""
+        self._enter(MemberState.LEAVING)
+        self._place(group)
+        self._say(AckState.APPLIED)
+        self._engine.submit(CommitRestore())
+
+    def _stay(self) -> None:
+        """The restore is called off."""
+        if self._state in (MemberState.RESTORING, MemberState.RESTORED):
+            self._enter(MemberState.GROUPED)
+            self._engine.submit(UndoRestore())
+
+    def restored(self, key: GroupKey) -> None:
+        """The engine holds every layer again."""
+        if self._is_current(key) and self._state is MemberState.RESTORING:
+            self._enter(MemberState.RESTORED)
+            self._repeat(AckState.PREPARED)
+            self._on_change()
+
+    def dissolved(self, key: GroupKey) -> None:
+        """No request is left on the group's pipeline."""
+        if self._is_current(key):
+            self._enter(MemberState.ALONE)
+            self._group = None
+            self._say(AckState.SETTLED)
+            self._on_change()
 
     # --- prepare and commit ----------------------------------------------------------------------
 
@@ -241,9 +240,14 @@ class Transition:
         self._advance(key, MemberState.GROUPED)
 
     def prepare_failed(self, key: GroupKey, reason: str) -> None:
-        """A link of a prepared group went down."""
-        if self._is_current(key) and self._state is MemberState.PREPARED:
+        """A link of a prepared group went down, or there is no room for a restore."""
+        if not self._is_current(key):
+            return
+        if self._state is MemberState.PREPARED:
             self._refuse(reason)
+        elif self._state is MemberState.RESTORING:
+            self._say(AckState.REFUSED, reason)
+            self._on_change()
 
     def _advance(self, key: GroupKey, state: MemberState) -> None:
         if self._is_current(key):
@@ -268,10 +272,10 @@ class Transition:
 
     def _repeat(self, otherwise: AckState) -> None:
         """Say how far the worker is; `otherwise` where its state says nothing."""
-        if self._state in (MemberState.PREPARING, MemberState.COMMITTING):
+        if self._state in SILENT:
             self.answer = None
         else:
-            self._say(_ANSWERS.get(self._state, otherwise))
+            self._say(ANSWERS.get(self._state, otherwise))
 
     def _say(self, state: AckState, detail: str = "") -> None:
         self.answer = Answer(self._placement.term, self._placement.epoch, state, detail)

@@ -42,6 +42,7 @@ from tests.unit.model.model_helpers import random_tokens
 SUBJECTS = Subjects("default")
 ROUTER = "router-a"
 WORKERS = ("worker-a", "worker-b")
+PIPELINE = "p-1"
 REPLY_SECONDS = 10.0
 NUM_TOKENS = 150  # so many that no stream ends before the layout has changed
 SAMPLINGS: dict[str, dict[str, object]] = {
@@ -122,7 +123,7 @@ class Client:
 
     async def prepare(self) -> GroupPlan:
         assert self.plan is not None
-        group = _group("p-1", list(WORKERS), self.plan.epoch + 1)
+        group = _group(PIPELINE, list(WORKERS), self.plan.epoch + 1)
         await self.publish([group], LayoutState.DROPPING, PlanPhase.PREPARE, change=True)
         await eventually(lambda: self.answered(AckState.PREPARED))
         return group
@@ -130,6 +131,13 @@ class Client:
     async def drop(self) -> None:
         group = await self.prepare()
         await self.publish([group], LayoutState.DROPPING, PlanPhase.COMMIT, change=True)
+        await eventually(lambda: self.answered(AckState.APPLIED, AckState.SETTLED))
+
+    async def restore(self) -> None:
+        groups = [_group(f"g-{worker_id}", [worker_id]) for worker_id in WORKERS]
+        await self.publish(groups, LayoutState.RESTORING, PlanPhase.PREPARE, change=True)
+        await eventually(lambda: self.answered(AckState.PREPARED))
+        await self.publish(groups, LayoutState.RESTORING, PlanPhase.COMMIT, change=True)
         await eventually(lambda: self.answered(AckState.APPLIED, AckState.SETTLED))
 
     async def settled(self) -> None:
@@ -272,7 +280,7 @@ async def test_streams_live_through_a_drop(tiny_models: TinyModels, name: str) -
         blocks = {worker_id: report.kv_blocks_total for worker_id, report in client.loads.items()}
         await start_streams(client)
         await client.drop()
-        await client.generate("later", WORKERS[0], "p-1", temperature=0.0)
+        await client.generate("later", WORKERS[0], PIPELINE, temperature=0.0)
         for stream, tokens in undisturbed.items():
             assert await client.tokens(stream) == tokens, stream
         await client.settled()
@@ -285,6 +293,50 @@ async def test_streams_live_through_a_drop(tiny_models: TinyModels, name: str) -
             (Span(start=0, end=2),),
             (Span(start=2, end=4),),
         ]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
+async def test_streams_live_through_drops_and_restores(tiny_models: TinyModels, name: str) -> None:
+    """Streams that begin in every phase, on whoever takes requests then."""
+    model = tiny_models.directory(name)
+    phases = [("first", 0, "g-worker-a"), ("second", 0, PIPELINE), ("third", 1, "g-worker-b")]
+    async with running_cluster(model) as client:
+        for stream, _, _ in phases:
+            await client.generate(stream, WORKERS[0], "g-worker-a", **SAMPLINGS["seeded"])
+        undisturbed = {stream: await client.tokens(stream) for stream, _, _ in phases}
+    async with running_cluster(model) as client:
+        changes = (client.drop, client.restore, client.drop)
+        for (stream, worker, group_id), change in zip(phases, changes, strict=True):
+            await client.generate(stream, WORKERS[worker], group_id, **SAMPLINGS["seeded"])
+            await eventually(lambda stream=stream: client.of(stream))
+            await change()
+            await client.settled()
+        for stream, tokens in undisturbed.items():
+            assert await client.tokens(stream) == tokens, stream
+        await client.restore()
+        await client.settled()
+        await eventually(client.is_idle)
+        for worker_id in WORKERS:
+            assert (await client.info(worker_id)).layers == (Span(start=0, end=NUM_LAYERS),)
+            name = f"end{worker_id[-1]}"
+            await client.generate(name, worker_id, f"g-{worker_id}")
+            assert len(await client.tokens(name)) == NUM_TOKENS
+
+
+async def test_a_restore_that_is_called_off_leaves_the_pipeline(tiny_models: TinyModels) -> None:
+    async with running_cluster(tiny_models.directory("llama")) as client:
+        await client.drop()
+        await client.settled()
+        assert client.plan is not None
+        pipeline = client.plan.groups
+        groups = [_group(f"g-{worker_id}", [worker_id]) for worker_id in WORKERS]
+        await client.publish(groups, LayoutState.RESTORING, PlanPhase.PREPARE, change=True)
+        await client.publish(pipeline, LayoutState.DROPPED, PlanPhase.COMMIT, change=False)
+        await client.settled()
+        await client.generate("a", WORKERS[0], PIPELINE)
+        assert len(await client.tokens("a")) == NUM_TOKENS
+        await client.restore()
+        await client.settled()
 
 
 async def test_what_still_reaches_the_follower_is_passed_on(tiny_models: TinyModels) -> None:
@@ -323,7 +375,7 @@ async def test_a_prepared_group_that_is_called_off_changes_nothing(tiny_models: 
 
 async def test_a_commit_without_its_prepare_is_refused(tiny_models: TinyModels) -> None:
     async with running_cluster(tiny_models.directory("llama")) as client:
-        group = _group("p-1", list(WORKERS), 2)
+        group = _group(PIPELINE, list(WORKERS), 2)
         await client.publish([group], LayoutState.DROPPING, PlanPhase.COMMIT, change=True)
         await eventually(lambda: client.answered(AckState.REFUSED))
         await client.be_replicas()
@@ -336,7 +388,7 @@ async def test_a_member_that_cannot_be_reached_makes_the_other_refuse(
 ) -> None:
     async with running_cluster(tiny_models.directory("llama")) as client:
         assert client.plan is not None
-        group = _group("p-1", ["worker-a", "nobody"], client.plan.epoch + 1)
+        group = _group(PIPELINE, ["worker-a", "nobody"], client.plan.epoch + 1)
         await client.publish([group], LayoutState.DROPPING, PlanPhase.PREPARE, change=True)
 
         async def refused() -> bool:

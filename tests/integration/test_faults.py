@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
+from typing import Any
 
 import aiohttp
 import pytest
@@ -277,6 +278,11 @@ async def test_nats_is_away_until_the_workers_have_long_finished(
 # --- planners ------------------------------------------------------------------------------------
 
 
+def layout(view: dict[str, Any]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """Who serves what; what the groups are busy with at the moment is left out."""
+    return [(group["id"], group["leader"], group["members"]) for group in view["groups"]]
+
+
 async def leaders(cluster: Cluster) -> list[ServiceProcess]:
     """The planners that believe to lead."""
     states = [(planner, await cluster.state(planner)) for planner in cluster.planners]
@@ -314,7 +320,7 @@ async def test_without_any_planner_requests_are_served_as_before(
     cluster.planners[0].start()
     await eventually(lambda: has_planner(cluster))
     after = await cluster.cluster()
-    assert after["groups"] == before["groups"]
+    assert layout(after) == layout(before)
     assert (after["term"], after["epoch"]) >= (before["term"], before["epoch"])
 
 

@@ -6,13 +6,14 @@ anything is loaded; load the weights; give all that is left to the KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 import torch
 
+from services.worker.engine.block_manager import BlockMove
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.memory.cpu import CpuMemory
 from services.worker.memory.pool import MemoryPool
@@ -67,6 +68,8 @@ class ModelRunner:
         limit = min(max_model_len or self.config.max_model_len, self.config.max_model_len)
         #: Prompt plus output tokens of the longest request; stays when the KV cache grows.
         self.max_model_len = min(limit, self.num_blocks * self.block_size)
+        #: Blocks it has when it holds every layer.
+        self.replica_blocks = self.num_blocks
 
     @classmethod
     def load(cls, runner_config: RunnerConfig, kernels: CpuKernels) -> ModelRunner:
@@ -118,6 +121,11 @@ class ModelRunner:
         return self._span
 
     @property
+    def resident_layers(self) -> tuple[Span, ...]:
+        """The layers whose weights are here."""
+        return self._stage.resident_layers
+
+    @property
     def num_blocks(self) -> int:
         """KV blocks that every layer of the span has."""
         return self.pool.num_kv_blocks(range(self.span.start, self.span.end))
@@ -130,13 +138,13 @@ class ModelRunner:
     ) -> list[SampledToken]:
         """Compute a batch; one token for each slice that wants one, in their order."""
         batch = make_batch(slices, self.block_size)
-        return self.sample(self.forward(batch, self.embed(batch)), batch, rows)
+        return self.sample(self.forward(batch, self.embed(batch), self.span), batch, rows)
 
     @torch.inference_mode()
     def logits(self, slices: Sequence[SequenceSlice]) -> Iterator[torch.Tensor]:
         """Compute a batch; logits `[rows, vocab]` of slices that want a token, a few at once."""
         batch = make_batch(slices, self.block_size)
-        yield from self._logits(self.forward(batch, self.embed(batch)), batch)
+        yield from self._logits(self.forward(batch, self.embed(batch), self.span), batch)
 
     @torch.inference_mode()
     def embed(self, batch: ForwardBatch) -> torch.Tensor:  # [num_tokens, hidden_size]
@@ -148,9 +156,10 @@ class ModelRunner:
         self,
         batch: ForwardBatch,
         hidden: torch.Tensor,  # [num_tokens, hidden_size], overwritten
+        span: Span,
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
-        """Run the layers of the span; writes the batch's KV."""
-        self._stage.forward(hidden, batch, self.span)
+        """Run the layers of `span`, which must be served here; writes the batch's KV."""
+        self._stage.forward(hidden, batch, span)
         return hidden
 
     @torch.inference_mode()
@@ -187,6 +196,30 @@ class ModelRunner:
         self._span = span
         self._stage.drop(span)
         return self.pool.grow_kv_evenly(range(span.start, span.end))
+
+    def shrink(self, num_blocks: int, moves: Sequence[BlockMove]) -> None:
+        """Leave `num_blocks` blocks to the layers of the span, after copying blocks down."""
+        layers = range(self.span.start, self.span.end)
+        sources = torch.tensor([move.source for move in moves], dtype=torch.int64)
+        destinations = torch.tensor([move.destination for move in moves], dtype=torch.int64)
+        for layer in layers if moves else ():
+            cache = self.kv_cache(layer)
+            cache[destinations] = cache[sources]
+        self.pool.shrink_kv(layers, num_blocks)
+
+    def load_missing(self) -> Generator[str, None, None]:
+        """Load all layers that are not here, part by part, and give them their KV; yields names.
+
+        Raises:
+            CheckpointError: a tensor cannot be read.
+            OutOfChunksError: too little of the pool is free.
+        """
+        yield from self._stage.load(self._stage.span)
+        self.pool.grow_kv_evenly(range(self.config.num_layers))
+
+    def serve_all(self) -> None:
+        """Serve every layer again; all must be here."""
+        self._span = self._stage.span
 
     def settle(self) -> int:
         """Give the KV of layers that are not served to those that are; returns their blocks."""

@@ -104,6 +104,17 @@ class Stage:
         """KV of a layer `[max_blocks, *kv_block_shape]`; only mapped blocks may be touched."""
         return self._kv_caches[layer]
 
+    @property
+    def resident_layers(self) -> tuple[Span, ...]:
+        """The layers whose weights are here, as few spans as they make."""
+        spans: list[Span] = []
+        for layer in sorted(self._layers):
+            start = layer
+            if spans and spans[-1].end == layer:
+                start = spans.pop().start
+            spans.append(Span(start=start, end=layer + 1))
+        return tuple(spans)
+
     # --- running ---------------------------------------------------------------------------------
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -44,14 +44,29 @@ class Settled:
 
 
 @dataclass(frozen=True, slots=True)
+class Restored:
+    """The worker holds every layer again and still serves in its group."""
+
+    key: GroupKey
+    facts: ModelFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Dissolved:
+    """The worker serves alone; no request is left on the group's pipeline."""
+
+    key: GroupKey
+
+
+@dataclass(frozen=True, slots=True)
 class PrepareFailed:
-    """A link of a group that is only prepared is down."""
+    """A link of a group that is only prepared is down, or a restore is not possible now."""
 
     key: GroupKey
     reason: str
 
 
-GroupEvent = Committed | HandedOver | Adopted | Settled | PrepareFailed
+GroupEvent = Committed | HandedOver | Adopted | Settled | Restored | Dissolved | PrepareFailed
 
 #: Takes events in the engine thread.
 EventSink = Callable[[GroupEvent], None]

@@ -23,20 +23,24 @@ from services.worker.links.base import LinkFrame
 from services.worker.model.batch import make_batch
 from services.worker.model.runner import ModelRunner
 from services.worker.model.sampler import SampledToken
-from services.worker.pipeline.events import Adopted, EventSink, Settled
+from services.worker.pipeline.events import Adopted, Dissolved, EventSink, Settled
 from services.worker.pipeline.handover import unpack_request
 from services.worker.pipeline.kv_courier import KvCourier
 from services.worker.pipeline.kv_transfer import as_buffer
+from services.worker.pipeline.leader_restore import LeaderRestore
 from services.worker.pipeline.messages import (
     Capacity,
+    Dissolve,
     Filled,
     FrameKind,
+    GiveBack,
     HandOver,
     KvPart,
     Order,
     Release,
     RequestMessage,
     Settle,
+    ShrinkRequest,
     Tokens,
 )
 from services.worker.pipeline.peers import GroupPeers
@@ -62,6 +66,9 @@ class PipelineLeader:
         self._num_orders = 0
         self._awaited = set(peers.followers)  # have not handed over yet
         self._is_settled = False
+        self._restore: LeaderRestore | None = None
+        self._shrink_requests: list[ShrinkRequest] = []
+        self.is_over = False
         self._log = structlog.get_logger(component="leader", group=peers.key.group_id)
 
     def begin(self) -> None:
@@ -90,16 +97,66 @@ class PipelineLeader:
                 self._note_filled(self._courier.take(part, frame.buffers[0]))
             case FrameKind.FILLED:
                 self._filled(Filled.decode(frame.header))
+            case FrameKind.SHRINK_REQUEST:
+                self._shrink_requests.append(ShrinkRequest.decode(frame.header))
             case _:
                 raise ValueError(f"a leader has no use for a frame of kind {frame.kind}")
         return None
 
     def pump(self) -> None:
         """Send what can be sent, order what can travel, settle when nothing is left to."""
+        if self._restore is not None:
+            self._pump_restore(self._restore)
         self._flush_releases()
         if not self._awaited:  # before, the stages seem to have no blocks at all
             self._start_exchanges()
         self._peers.push_bulk()
+
+    @property
+    def is_busy(self) -> bool:
+        """True while `pump` has something to do whatever arrives."""
+        return self._peers.has_backlog or (self._restore is not None and self._restore.is_busy)
+
+    # --- restore ---------------------------------------------------------------------------------
+
+    def prepare_restore(self, epoch: int) -> None:
+        """Get the missing layers back while the pipeline serves."""
+        self._restore = LeaderRestore(
+            self._peers, self._runner, self._scheduler, self._emit, self._send_give_back, epoch
+        )
+
+    def undo_restore(self) -> None:
+        """The pipeline stays."""
+        if self._restore is not None:
+            self._restore.undo()
+            self._restore = None
+
+    def commit_restore(self) -> None:
+        """Serve alone; pipelined requests come home one after the other."""
+        if self._restore is not None:
+            self._restore.commit()
+
+    def _pump_restore(self, restore: LeaderRestore) -> None:
+        for request in self._shrink_requests:
+            if request.epoch == restore.epoch:
+                restore.note(request)
+        self._shrink_requests = [r for r in self._shrink_requests if r.epoch > restore.epoch]
+        restore.pump()
+        if restore.is_committed:
+            restore.call_home(_MAX_EXCHANGES)
+
+    def _send_give_back(self, message: GiveBack) -> None:
+        self._flush_releases()
+        self._peers.send_next(FrameKind.GIVE_BACK, message)
+
+    def _dissolve(self) -> None:
+        """No request is left on the pipeline."""
+        self._flush_releases()
+        self._peers.send_next(FrameKind.DISSOLVE, Dissolve())
+        for worker_id in self._peers.followers:
+            self._scheduler.blocks.forget_worker(worker_id)
+        self.is_over = True
+        self._emit(Dissolved(self._peers.key))
 
     # --- batches ---------------------------------------------------------------------------------
 
@@ -107,7 +164,7 @@ class PipelineLeader:
         """Compute a batch's first layers and send it on; its outcome comes as a Tokens frame."""
         slices, rows = sequence_slices(output), sampling_rows(output)
         batch = make_batch(slices, self._runner.block_size)
-        hidden = self._runner.forward(batch, self._runner.embed(batch))
+        hidden = self._runner.forward(batch, self._runner.embed(batch), self._peers.span)
         message = microbatch(output, slices, rows)
         self._flush_releases()  # first: what this batch takes may be what they free
         self._in_flight[output.step] = output
@@ -157,8 +214,12 @@ class PipelineLeader:
         for exchange in relocation.start_exchanges(_MAX_EXCHANGES):
             if exchange.transfers:
                 self._order(exchange.request, exchange.transfers)
-        if relocation.is_settled and not self._is_settled:
+        if not relocation.is_settled or self.is_over:
+            return
+        if not self._is_settled:
             self._settle()
+        elif self._restore is not None and self._restore.is_committed:
+            self._dissolve()
 
     def _filled(self, message: Filled) -> None:
         """Another stage has all KV of a request, or cannot have it."""

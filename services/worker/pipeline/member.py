@@ -45,6 +45,7 @@ class GroupMember:
         self._prepared: dict[GroupKey, _Prepared] = {}
         self._peers: GroupPeers | None = None
         self._role: PipelineLeader | FollowerStage | None = None
+        self._retired: list[GroupPeers] = []
         self._events: list[GroupEvent] = []
 
     # --- the layout changes ----------------------------------------------------------------------
@@ -71,6 +72,7 @@ class GroupMember:
         if key not in self._prepared or self._role is not None:
             raise ValueError(f"group {key.group_id} cannot be committed now")
         prepared = self._prepared.pop(key)
+        self._retire()
         self._peers = peers = prepared.peers
         if peers.is_leader:
             leader = PipelineLeader(peers, self._runner, self._scheduler, self._events.append)
@@ -83,6 +85,37 @@ class GroupMember:
             self._role = stage
         self._events.append(Committed(key, model_facts(self._runner)))
         return [item for frame in prepared.frames for item in self._handle(frame, now)]
+
+    def prepare_restore(self, epoch: int) -> None:
+        """Get the missing layers back for the plan of `epoch`, while the pipeline serves."""
+        if self._role is not None:
+            self._role.prepare_restore(epoch)
+
+    def undo_restore(self) -> None:
+        """The pipeline stays as it is."""
+        if self._role is not None:
+            self._role.undo_restore()
+
+    def commit_restore(self) -> None:
+        """Serve alone; what is on the pipeline leaves it bit by bit."""
+        if self._role is not None:
+            self._role.commit_restore()
+
+    def _end_if_over(self) -> None:
+        """Forget a pipeline that is dissolved, but not its links: the last frames may be on them.
+
+        They are closed when the worker joins another group.
+        """
+        if self._role is None or not self._role.is_over or self._peers is None:
+            return
+        self._core.remove_pipeline(self._peers.route)
+        self._retired.append(self._peers)
+        self._peers = self._role = None
+
+    def _retire(self) -> None:
+        for peers in self._retired:
+            peers.close()
+        self._retired.clear()
 
     # --- links -----------------------------------------------------------------------------------
 
@@ -124,11 +157,12 @@ class GroupMember:
         """Send what can be sent now; called before and after each batch."""
         if self._role is not None:
             self._role.pump()
+        self._end_if_over()
 
     @property
-    def has_backlog(self) -> bool:
-        """True while KV waits for room on a link, which nobody will announce."""
-        return self._peers is not None and self._peers.has_backlog
+    def is_busy(self) -> bool:
+        """True while there is something to do that nobody will announce."""
+        return self._role is not None and self._role.is_busy
 
     def release(self, keys: tuple[KvKey, ...]) -> None:
         """Free what requests hold here that nobody wanted any more when they were handed over."""
@@ -147,3 +181,4 @@ class GroupMember:
             self.abandon(key)
         if self._peers is not None:
             self._peers.close()
+        self._retire()

@@ -5,6 +5,8 @@
     any    --KvPart--> any --Filled--> leader                           one request's KV
     follower --HandOver--> leader                                       once, when it has committed
     follower --Capacity--> leader                                       when its blocks got more
+    follower --ShrinkRequest--> leader --GiveBack--> all                when it shall be whole again
+    leader --Dissolve--> stage 1 --> stage 2 --> ...                    when no request is left
 
 All that the leader orders goes down the chain of stages with its batches, so that every stage sees
 it in the order in which the leader booked it.
@@ -35,6 +37,9 @@ class FrameKind(IntEnum):
     HAND_OVER = 7
     CAPACITY = 8
     SETTLE = 9
+    SHRINK_REQUEST = 10
+    GIVE_BACK = 11
+    DISSOLVE = 12
 
 
 class RowMessage(WireModel):
@@ -119,6 +124,27 @@ class Capacity(Message):
 
     worker_id: str
     num_blocks: int
+
+
+class ShrinkRequest(Message):
+    """`worker_id` shall hold every layer again and then has room for `num_blocks` blocks.
+
+    `epoch` is that of the plan which says so.
+    """
+
+    worker_id: str
+    epoch: int
+    num_blocks: int
+
+
+class GiveBack(Message):
+    """So many blocks less of each worker are booked by the leader."""
+
+    num_blocks: dict[str, int]
+
+
+class Dissolve(Message):
+    """No request is left on the pipeline: its members are replicas."""
 
 
 class Settle(Message):

@@ -16,21 +16,25 @@ from services.worker.facts import model_facts
 from services.worker.links.base import Buffer, LinkFrame
 from services.worker.model.batch import SequenceSlice, make_batch
 from services.worker.model.runner import ModelRunner
-from services.worker.pipeline.events import EventSink, HandedOver, Settled
+from services.worker.pipeline.events import Dissolved, EventSink, HandedOver, Settled
 from services.worker.pipeline.kv_courier import KvCourier
 from services.worker.pipeline.kv_transfer import as_buffer, float_tensor
 from services.worker.pipeline.messages import (
     Capacity,
+    Dissolve,
     Filled,
     FrameKind,
+    GiveBack,
     KvPart,
     Microbatch,
     Order,
     Release,
     Settle,
+    ShrinkRequest,
     Tokens,
 )
 from services.worker.pipeline.peers import GroupPeers
+from services.worker.pipeline.restoration import Restoration, RestorationState
 from services.worker.pipeline.rows import sampling_row
 from shared.messages import unpack_token_ids
 
@@ -48,6 +52,9 @@ class FollowerStage:
         self._blocks = scheduler.blocks.stage
         self._emit = emit
         self._courier = KvCourier(peers, runner, self._table)
+        self._restoration: Restoration | None = None
+        self._is_alone = False
+        self._is_dissolved = False
         self._log = structlog.get_logger(component="stage", group=peers.key.group_id)
 
     def begin(self) -> None:
@@ -83,12 +90,70 @@ class FollowerStage:
                 self._tell_filled(self._courier.take(part, frame.buffers[0]))
             case FrameKind.SETTLE:
                 self._settle(Settle.decode(frame.header))
+            case FrameKind.GIVE_BACK:
+                self._take_back(GiveBack.decode(frame.header))
+            case FrameKind.DISSOLVE:
+                self._dissolve(Dissolve.decode(frame.header))
             case _:
                 raise ValueError(f"a follower has no use for a frame of kind {frame.kind}")
 
     def pump(self) -> None:
-        """Send KV that waited for room on its link."""
+        """Load a part of the model, if that is due; send KV that waited for room on its link."""
+        if self._restoration is not None:
+            self._restoration.pump()
         self._peers.push_bulk()
+
+    @property
+    def is_busy(self) -> bool:
+        """True while `pump` has something to do whatever arrives."""
+        is_loading = self._restoration is not None and self._restoration.is_busy
+        return self._peers.has_backlog or is_loading
+
+    @property
+    def is_over(self) -> bool:
+        """True when this worker serves alone and nobody needs its part of the pipeline."""
+        return self._is_dissolved and self._is_alone
+
+    # --- restore ---------------------------------------------------------------------------------
+
+    def prepare_restore(self, epoch: int) -> None:
+        """Get the missing layers back while the pipeline serves."""
+        self._restoration = Restoration(self._peers, self._runner, self._emit, epoch)
+        request = ShrinkRequest(
+            worker_id=self._peers.worker_id, epoch=epoch, num_blocks=self._runner.replica_blocks
+        )
+        self._peers.send(self._peers.leader, FrameKind.SHRINK_REQUEST, request)
+
+    def undo_restore(self) -> None:
+        """The pipeline stays."""
+        if self._restoration is not None:
+            self._send_capacity(self._lend_all(self._restoration.undo()))
+            self._restoration = None
+
+    def commit_restore(self) -> None:
+        """Serve new requests alone; those on the pipeline go on until they have left."""
+        self._runner.serve_all()
+        self._is_alone = True
+        self._end_if_over()
+
+    def _take_back(self, message: GiveBack) -> None:
+        """The leader books less here from now on: for a restore, or for own requests."""
+        self._peers.send_next(FrameKind.GIVE_BACK, message)
+        self._blocks.take_back(message.num_blocks.get(self._peers.worker_id, 0))
+        if self._restoration is None:  # called off here: the leader shall have it again
+            self._send_capacity(self._lend_all(self._runner.num_blocks))
+        elif self._restoration.state is RestorationState.SHRINKING:
+            self._restoration.shrunk(self._scheduler.blocks.shrink(0, ()))
+
+    def _dissolve(self, message: Dissolve) -> None:
+        self._peers.send_next(FrameKind.DISSOLVE, message)
+        self._is_dissolved = True
+        self._end_if_over()
+
+    def _end_if_over(self) -> None:
+        if self.is_over:
+            self._blocks.release_all()
+            self._emit(Dissolved(self._peers.key))
 
     # --- batches ---------------------------------------------------------------------------------
 
@@ -103,7 +168,7 @@ class FollowerStage:
     def _compute(self, message: Microbatch, buffer: Buffer) -> None:
         batch = make_batch(self._slices(message), self._runner.block_size)
         hidden = float_tensor(buffer).view(batch.token_ids.numel(), -1)
-        self._runner.forward(batch, hidden)
+        self._runner.forward(batch, hidden, self._peers.span)
         if self._peers.next_worker_id is not None:
             self._peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))
             return

@@ -32,10 +32,30 @@ from shared.layout import GroupPlan, MemberPlan, Span
 from shared.messages import TokenItem
 from tests.conftest import DEADLINE_SECONDS
 from tests.link_peer import connected_sockets, make_stream
-from tests.tiny_models import NUM_LAYERS
-from tests.unit.model.model_helpers import open_runner
+from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE
+from tests.unit.model.model_helpers import BUDGET_BYTES, open_runner, random_tokens
+from tests.unit.model.request_helpers import make_request
 
 MAX_MODEL_LEN = 128
+SAMPLINGS: list[dict[str, object]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.9, "top_p": 0.95, "seed": 7},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "logprobs": 2},
+    {"temperature": 0.8, "seed": 3, "frequency_penalty": 0.7, "min_tokens": 15},
+]
+
+
+def make_requests(num: int, max_tokens: int = 20) -> list[Request]:
+    return [
+        make_request(
+            f"r{index}",
+            random_tokens(5 + 9 * index % 60, index, VOCAB_SIZE),
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            **SAMPLINGS[index % len(SAMPLINGS)],
+        )
+        for index in range(num)
+    ]
 
 
 @dataclass
@@ -187,18 +207,20 @@ def open_cluster(
     kernels: CpuKernels,
     num_workers: int = 2,
     transport: Transport = Transport.SHM,
-    link_config: LinkConfig | None = None,
+    memory_bytes: int = BUDGET_BYTES,
     **engine: int,
 ) -> Iterator[Cluster]:
     """Replicas with links to each other, prepared to become one group."""
     names = [f"w{position}" for position in range(num_workers)]
     with ExitStack() as stack:
-        runners = [stack.enter_context(open_runner(directory, kernels)) for _ in names]
+        runners = [
+            stack.enter_context(open_runner(directory, kernels, memory_bytes)) for _ in names
+        ]
         engines = [make_engine(n, r, **engine) for n, r in zip(names, runners, strict=True)]
         cluster = Cluster(engines, make_group(names))
         links: dict[str, dict[str, StreamLink]] = {name: {} for name in names}
         for near, far in combinations(engines, 2):
-            pair = _link(near, far, transport, link_config or LinkConfig(silence_seconds=30.0))
+            pair = _link(near, far, transport, LinkConfig(silence_seconds=30.0))
             links[near.worker_id][far.worker_id], links[far.worker_id][near.worker_id] = pair
         for engine in engines:
             peers = GroupPeers(engine.worker_id, cluster.group, links[engine.worker_id])
@@ -239,3 +261,13 @@ def undisturbed(
                 engine.turn()
             tokens[request.request_id] = [t for item in engine.items for t in item.token_ids]
     return tokens
+
+
+def add(cluster: Cluster, requests: list[Request], at: int = 0) -> None:
+    for request in requests:
+        assert cluster.engines[at].core.add(request) == []
+
+
+def expect(cluster: Cluster, tokens: dict[str, list[int]]) -> None:
+    for request_id, expected in tokens.items():
+        assert cluster.tokens(request_id) == expected, request_id

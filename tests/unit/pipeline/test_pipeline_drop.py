@@ -14,42 +14,18 @@ from shared.messages import FinishReason
 from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE, TinyModels
 from tests.unit.model.model_helpers import random_tokens
 from tests.unit.model.request_helpers import make_request
-from tests.unit.pipeline.pipeline_helpers import Cluster, open_cluster, undisturbed
-
-SAMPLINGS: list[dict[str, object]] = [
-    {"temperature": 0.0},
-    {"temperature": 0.9, "top_p": 0.95, "seed": 7},
-    {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "logprobs": 2},
-    {"temperature": 0.8, "seed": 3, "frequency_penalty": 0.7, "min_tokens": 15},
-]
-
-
-def make_requests(num: int, max_tokens: int = 20) -> list[Request]:
-    return [
-        make_request(
-            f"r{index}",
-            random_tokens(5 + 9 * index % 60, index, VOCAB_SIZE),
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            **SAMPLINGS[index % len(SAMPLINGS)],
-        )
-        for index in range(num)
-    ]
+from tests.unit.pipeline.pipeline_helpers import (
+    add,
+    expect,
+    make_requests,
+    open_cluster,
+    undisturbed,
+)
 
 
 @pytest.fixture(params=["llama", "qwen2-tied", "phi3-window"])
 def directory(request: pytest.FixtureRequest, tiny_models: TinyModels) -> Path:
     return tiny_models.directory(request.param)
-
-
-def add(cluster: Cluster, requests: list[Request], at: int = 0) -> None:
-    for request in requests:
-        assert cluster.engines[at].core.add(request) == []
-
-
-def expect(cluster: Cluster, tokens: dict[str, list[int]]) -> None:
-    for request_id, expected in tokens.items():
-        assert cluster.tokens(request_id) == expected, request_id
 
 
 @pytest.mark.parametrize("transport", Transport)

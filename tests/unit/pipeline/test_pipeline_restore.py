@@ -1,0 +1,113 @@
+"""A pipeline becomes replicas again while it serves: tokens stay the same, memory comes back."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.worker.engine.request import Request
+from services.worker.kernels.cpu import CpuKernels
+from services.worker.pipeline.events import Dissolved, Restored, Settled
+from shared.layout import Span
+from tests.tiny_models import NUM_LAYERS, TinyModels
+from tests.unit.pipeline.pipeline_helpers import (
+    Cluster,
+    add,
+    expect,
+    make_requests,
+    open_cluster,
+    undisturbed,
+)
+
+WHOLE = (Span(start=0, end=NUM_LAYERS),)
+
+
+def drop(cluster: Cluster) -> None:
+    cluster.commit()
+    cluster.run(lambda: all(engine.event(Settled) for engine in cluster.engines))
+
+
+def prepare_restore(cluster: Cluster) -> None:
+    for engine in cluster.engines:
+        engine.member.prepare_restore(9)
+    cluster.run(lambda: all(engine.event(Restored) for engine in cluster.engines))
+
+
+def commit_restore(cluster: Cluster) -> None:
+    for engine in cluster.engines:
+        engine.member.commit_restore()
+
+
+def restored(cluster: Cluster) -> bool:
+    return all(engine.event(Dissolved) for engine in cluster.engines)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_workers"), [("llama", 2), ("qwen2-tied", 2), ("phi3-window", 3)]
+)
+def test_streams_live_through_a_restore(
+    tiny_models: TinyModels, kernels: CpuKernels, name: str, num_workers: int
+) -> None:
+    directory = tiny_models.directory(name)
+    expected = undisturbed(directory, kernels, make_requests(10, 60))
+    with open_cluster(directory, kernels, num_workers) as cluster:
+        blocks = [engine.runner.num_blocks for engine in cluster.engines]
+        requests = make_requests(10, 60)
+        add(cluster, requests[:5])
+        drop(cluster)
+        prepare_restore(cluster)
+        commit_restore(cluster)
+        add(cluster, requests[5:], at=1)
+        cluster.run()
+        cluster.run(lambda: restored(cluster))
+        expect(cluster, expected)
+        cluster.check()
+        assert [engine.runner.resident_layers for engine in cluster.engines] == [
+            WHOLE
+        ] * num_workers
+        assert [engine.runner.num_blocks for engine in cluster.engines] == blocks
+        assert [engine.core.load().kv_blocks_total for engine in cluster.engines] == blocks
+
+
+def test_a_restore_that_is_called_off_leaves_the_pipeline(
+    tiny_models: TinyModels, kernels: CpuKernels
+) -> None:
+    directory = tiny_models.directory("llama")
+    expected = undisturbed(directory, kernels, make_requests(6, 60))
+    with open_cluster(directory, kernels) as cluster:
+        add(cluster, make_requests(6, 60))
+        drop(cluster)
+        blocks = cluster.leader.runner.num_blocks
+        cluster.run(lambda: cluster.leader.core.load().kv_blocks_total == blocks)
+        prepare_restore(cluster)
+        assert cluster.leader.core.load().kv_blocks_total < blocks
+        for engine in cluster.engines:
+            engine.member.undo_restore()
+        cluster.run(lambda: cluster.leader.core.load().kv_blocks_total == blocks)
+        cluster.run()
+        cluster.quiesce()
+        expect(cluster, expected)
+        cluster.check()
+
+
+def test_requests_that_a_replica_cannot_hold_compute_again(
+    tiny_models: TinyModels, kernels: CpuKernels
+) -> None:
+    """More KV than a replica has is in use when the restore begins."""
+    directory = tiny_models.directory("llama")
+
+    def requests() -> list[Request]:
+        return make_requests(16, 90)
+
+    expected = undisturbed(directory, kernels, requests())
+    with open_cluster(directory, kernels, memory_bytes=1024 * 1024) as cluster:
+        replica_blocks = cluster.leader.runner.num_blocks
+        add(cluster, requests())
+        drop(cluster)
+        cluster.run(lambda: cluster.leader.core.load().kv_blocks_used > replica_blocks)
+        prepare_restore(cluster)
+        commit_restore(cluster)
+        cluster.run()
+        cluster.run(lambda: restored(cluster))
+        expect(cluster, expected)
+        cluster.check()
+        assert cluster.leader.core.load().num_preemptions > 0
