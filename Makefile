@@ -1,4 +1,4 @@
-# make serve | test | lint | bench | clean | help; nothing else has to be installed first.
+# make serve | test | soak | lint | bench | clean | help; nothing else has to be installed first.
 #
 # The environment is .venv. A stamp file named after a checksum of what it is made from (and of the
 # checkout's place, as scripts in it hold absolute paths) says that it is complete.
@@ -14,7 +14,7 @@ KEY := $(shell { cat pyproject.toml constraints.txt Makefile; pwd; } | cksum | c
 SERVE_STAMP := $(VENV)/.serve-$(KEY)
 DEV_STAMP := $(VENV)/.dev-$(KEY)
 
-.PHONY: help serve test lint bench clean
+.PHONY: help serve test soak lint bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -28,6 +28,9 @@ serve: $(SERVE_STAMP) ## run a local cluster: PORT=8000 WORKERS=2 MODEL=builtin:
 
 test: $(DEV_STAMP) ## run the tests: ARGS='tests/unit -k name'
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(DEV_STAMP) ## run the tests that take minutes: ARGS='tests/integration -k name'
+	$(BIN)/python -m pytest -m soak --timeout 600 $(ARGS)
 
 lint: $(DEV_STAMP) ## check style, types and import rules
 	$(BIN)/ruff check .
