@@ -421,7 +421,15 @@ async def test_cluster_has_the_documented_shape(
 ) -> None:
     async with http.get(cluster.url + "/cluster") as response:
         view = await response.json()
-    assert set(view) == {"epoch", "term", "state", "groups", "workers", "transitions"}
+    assert set(view) == {
+        "epoch",
+        "term",
+        "state",
+        "groups",
+        "workers",
+        "decision",
+        "transitions",
+    }
     assert view["state"] == "stable"
     (group,) = view["groups"]
     assert set(group) == {
@@ -431,6 +439,7 @@ async def test_cluster_has_the_documented_shape(
         "requests_running",
         "requests_waiting",
         "kv_blocks_used",
+        "kv_blocks_waiting",
         "kv_blocks_total",
     }
     assert group["members"] == [{"worker": "w0", "layers": [0, 2]}]

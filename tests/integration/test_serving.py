@@ -225,6 +225,7 @@ CLUSTER = {
             "requests_running": int,
             "requests_waiting": int,
             "kv_blocks_used": int,
+            "kv_blocks_waiting": int,
             "kv_blocks_total": int,
         }
     ],
@@ -240,6 +241,13 @@ CLUSTER = {
             "state": str,
         }
     ],
+    "decision": {
+        "action": str,
+        "rule": str,
+        "detail": str,
+        "figures": dict,
+        "decided_at": float,
+    },
     "transitions": [dict],
 }
 

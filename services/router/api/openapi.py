@@ -16,6 +16,7 @@ from services.router.api.schemas import (
     LayoutRequest,
     TokenizeRequest,
 )
+from services.router.cluster_view import ClusterView
 
 _POSTS: dict[str, tuple[str, type[BaseModel]]] = {
     "/v1/chat/completions": ("Answer a conversation", ChatCompletionRequest),
@@ -36,29 +37,30 @@ _GETS = {
     "/metrics": "Metrics in Prometheus' format",
     "/version": "The server's version",
     "/load": "Requests in this router",
-    "/cluster": "Layout and load of the cluster",
+    "/cluster": "Layout and load of the cluster, past transitions, and the planner's last decision",
 }
+#: What is said of answers in a model of their own; the others are OpenAI's or one line long.
+_ANSWERS: dict[str, type[BaseModel]] = {"/cluster": ClusterView}
 _REFERENCE = "#/components/schemas/{model}"
 
 
 def openapi_document() -> dict[str, Any]:
     """The OpenAPI 3.1 description of the router."""
     _, schemas = models_json_schema(
-        [(model, "validation") for _, model in _POSTS.values()], ref_template=_REFERENCE
+        [(model, "validation") for _, model in _POSTS.values()]
+        + [(model, "serialization") for model in _ANSWERS.values()],
+        ref_template=_REFERENCE,
     )
     paths: dict[str, Any] = {
-        path: {"get": {"summary": summary, "responses": _responses(), **_parameters(path)}}
+        path: {"get": {"summary": summary, "responses": _responses(path), **_parameters(path)}}
         for path, summary in _GETS.items()
     }
     for path, (summary, model) in _POSTS.items():
-        content = {
-            "application/json": {"schema": {"$ref": _REFERENCE.format(model=model.__name__)}}
-        }
         paths[path] = {
             "post": {
                 "summary": summary,
-                "requestBody": {"required": True, "content": content},
-                "responses": _responses(),
+                "requestBody": {"required": True, "content": _json_content(model.__name__)},
+                "responses": _responses(path),
             }
         }
     return {
@@ -76,12 +78,15 @@ def _parameters(path: str) -> dict[str, Any]:
     return {"parameters": [{"name": "model", "in": "path", "required": True, "schema": schema}]}
 
 
-def _responses() -> dict[str, Any]:
-    error = {"application/json": {"schema": {"$ref": _REFERENCE.format(model="Error")}}}
-    return {
-        "200": {"description": "OK"},
-        "default": {"description": "An error", "content": error},
-    }
+def _responses(path: str) -> dict[str, Any]:
+    ok: dict[str, Any] = {"description": "OK"}
+    if path in _ANSWERS:
+        ok["content"] = _json_content(_ANSWERS[path].__name__)
+    return {"200": ok, "default": {"description": "An error", "content": _json_content("Error")}}
+
+
+def _json_content(model: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": _REFERENCE.format(model=model)}}}
 
 
 def _error_schema() -> dict[str, Any]:

@@ -59,7 +59,8 @@ class OperationsApi:
         return web.json_response({"server_load": len(self._context.generator)})
 
     async def cluster(self, request: web.Request) -> web.Response:
-        return web.json_response(cluster_view(self._context.fleet))
+        view = cluster_view(self._context.fleet)
+        return web.json_response(view.model_dump(mode="json"))
 
     async def drain(self, request: web.Request) -> web.Response:
         """Have the planner drain a worker."""

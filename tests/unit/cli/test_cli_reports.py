@@ -29,6 +29,7 @@ CLUSTER = {
             "requests_running": 4,
             "requests_waiting": 1,
             "kv_blocks_used": 50,
+            "kv_blocks_waiting": 70,
             "kv_blocks_total": 200,
         }
     ],
@@ -44,8 +45,10 @@ CLUSTER = {
             "state": "ready",
         }
     ],
+    "decision": None,
     "transitions": [],
 }
+NOW = 1000.0
 
 
 def test_a_table_is_as_wide_as_its_widest_cells() -> None:
@@ -64,15 +67,46 @@ def test_sizes_are_read_at_a_glance() -> None:
 
 
 def test_the_status_shows_layout_load_and_memory() -> None:
-    text = render_cluster(CLUSTER)
+    text = render_cluster(CLUSTER, NOW)
     assert "layout stable, term 1, epoch 3" in text
     assert "worker-0 [0, 15) > worker-1 [15, 30)" in text
-    assert "50/200 (25%)" in text
+    assert "50/200 (25%) + 70 queued" in text
     assert "512.0 MiB" in text
 
 
 def test_a_cluster_without_workers_can_be_shown() -> None:
-    assert "WORKER" in render_cluster(CLUSTER | {"groups": [], "workers": []})
+    assert "WORKER" in render_cluster(CLUSTER | {"groups": [], "workers": []}, NOW)
+
+
+def test_the_status_tells_what_the_planner_did_and_why() -> None:
+    dropped = {
+        "term": 1,
+        "epoch": 2,
+        "state": "dropping",
+        "cause": "demand 190 of 200 blocks",
+        "started_at": NOW - 30,
+        "phase_seconds": {"prepare": 0.25, "commit": 0.004, "exchange": 1.5},
+        "result": "applied",
+    }
+    decision = {
+        "action": "hold",
+        "rule": "too_soon",
+        "detail": "5 s left",
+        "figures": {},
+        "decided_at": NOW - 600,
+    }
+    transitions = [dropped | {"started_at": NOW - 3 * 86400.0}, dropped]
+    text = render_cluster(CLUSTER | {"decision": decision, "transitions": transitions}, NOW)
+    assert "planner hold, too soon, 10 min ago: 5 s left" in text
+    newest, oldest = text.splitlines()[-2:]
+    assert newest.split("  ") == [
+        "30 s",
+        "dropping",
+        "prepare 0.25 s, commit 0.004 s, exchange 1.5 s",
+        "applied",
+        "demand 190 of 200 blocks",
+    ]
+    assert oldest.startswith("3 d")
 
 
 def test_the_greeting_holds_a_request_that_can_be_pasted() -> None:
