@@ -57,7 +57,7 @@ class PipelineLeader:
         self, peers: GroupPeers, runner: ModelRunner, scheduler: Scheduler, emit: EventSink
     ) -> None:
         """Take the scheduler that serves the group from `begin` on."""
-        self._peers = peers
+        self.peers = peers
         self._runner = runner
         self._scheduler = scheduler
         self._emit = emit
@@ -73,9 +73,9 @@ class PipelineLeader:
 
     def begin(self) -> None:
         """Give layers up and park all requests that have KV; no batch may be in flight."""
-        self._scheduler.relocation.enter(self._peers.route)
+        self._scheduler.relocation.enter(self.peers.route)
         self._scheduler.relocation.park_running()
-        self._scheduler.blocks.grow(self._runner.keep(self._peers.span))
+        self._scheduler.blocks.grow(self._runner.keep(self.peers.span))
 
     def handle(self, frame: LinkFrame, now: float) -> BatchOutcome | None:
         """Act on a frame of a follower; a batch may have come back with it.
@@ -110,19 +110,19 @@ class PipelineLeader:
         self._flush_releases()
         if not self._awaited:  # before, the stages seem to have no blocks at all
             self._start_exchanges()
-        self._peers.push_bulk()
+        self.peers.push_bulk()
 
     @property
     def is_busy(self) -> bool:
         """True while `pump` has something to do whatever arrives."""
-        return self._peers.has_backlog or (self._restore is not None and self._restore.is_busy)
+        return self.peers.has_backlog or (self._restore is not None and self._restore.is_busy)
 
     # --- restore ---------------------------------------------------------------------------------
 
     def prepare_restore(self, epoch: int) -> None:
         """Get the missing layers back while the pipeline serves."""
         self._restore = LeaderRestore(
-            self._peers, self._runner, self._scheduler, self._emit, self._send_give_back, epoch
+            self.peers, self._runner, self._scheduler, self._emit, self._send_give_back, epoch
         )
 
     def undo_restore(self) -> None:
@@ -147,16 +147,16 @@ class PipelineLeader:
 
     def _send_give_back(self, message: GiveBack) -> None:
         self._flush_releases()
-        self._peers.send_next(FrameKind.GIVE_BACK, message)
+        self.peers.send_next(FrameKind.GIVE_BACK, message)
 
     def _dissolve(self) -> None:
         """No request is left on the pipeline."""
         self._flush_releases()
-        self._peers.send_next(FrameKind.DISSOLVE, Dissolve())
-        for worker_id in self._peers.followers:
+        self.peers.send_next(FrameKind.DISSOLVE, Dissolve())
+        for worker_id in self.peers.followers:
             self._scheduler.blocks.forget_worker(worker_id)
         self.is_over = True
-        self._emit(Dissolved(self._peers.key))
+        self._emit(Dissolved(self.peers.key))
 
     # --- batches ---------------------------------------------------------------------------------
 
@@ -164,11 +164,11 @@ class PipelineLeader:
         """Compute a batch's first layers and send it on; its outcome comes as a Tokens frame."""
         slices, rows = sequence_slices(output), sampling_rows(output)
         batch = make_batch(slices, self._runner.block_size)
-        hidden = self._runner.forward(batch, self._runner.embed(batch), self._peers.span)
+        hidden = self._runner.forward(batch, self._runner.embed(batch), self.peers.span)
         message = microbatch(output, slices, rows)
         self._flush_releases()  # first: what this batch takes may be what they free
         self._in_flight[output.step] = output
-        self._peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))
+        self.peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))
 
     def _outcome(self, message: Tokens) -> BatchOutcome:
         sampled = map(SampledToken, message.token_ids, message.logprobs)
@@ -179,7 +179,7 @@ class PipelineLeader:
         releases = self._scheduler.blocks.releases
         released = releases.pending()
         if released:
-            self._peers.send_next(FrameKind.RELEASE, Release(keys=dict(released)))
+            self.peers.send_next(FrameKind.RELEASE, Release(keys=dict(released)))
             releases.confirm(released)  # whatever follows, follows it down the chain
 
     # --- requests that join ----------------------------------------------------------------------
@@ -195,12 +195,12 @@ class PipelineLeader:
     def _adopt(self, message: RequestMessage, now: float) -> bool:
         request = unpack_request(message, now)
         try:
-            self._scheduler.relocation.adopt(request, self._peers.route)
+            self._scheduler.relocation.adopt(request, self.peers.route)
         except RelocationError as error:
             self._log.error("request not taken over", reason=str(error))
             keys: tuple[KvKey, ...] = (request.kv_key,)
             homes = {stage.worker_id: keys for stage in message.origin}
-            self._peers.send_next(FrameKind.RELEASE, Release(keys=homes))
+            self.peers.send_next(FrameKind.RELEASE, Release(keys=homes))
             blocks = self._scheduler.blocks
             for worker_id in homes:
                 blocks.add_capacity(worker_id, blocks.blocks_for(request.num_computed_tokens))
@@ -234,9 +234,9 @@ class PipelineLeader:
     def _settle(self) -> None:
         """No KV of layers given up is needed any more: use its memory, here and down the chain."""
         self._is_settled = True
-        self._peers.send_next(FrameKind.SETTLE, Settle())
+        self.peers.send_next(FrameKind.SETTLE, Settle())
         self._scheduler.blocks.grow(self._runner.settle())
-        self._emit(Settled(self._peers.key, model_facts(self._runner)))
+        self._emit(Settled(self.peers.key, model_facts(self._runner)))
 
     def _order(self, request: Request, transfers: tuple[Transfer, ...]) -> None:
         self._num_orders += 1
@@ -247,12 +247,12 @@ class PipelineLeader:
             transfers=transfers,
         )
         self._flush_releases()  # first: what this order takes may be what they free
-        self._peers.send_next(FrameKind.ORDER, order)
+        self.peers.send_next(FrameKind.ORDER, order)
         self._note_filled(self._courier.obey(order))
 
     def _note_filled(self, keys: Sequence[KvKey]) -> None:
         for key in keys:
-            self._scheduler.relocation.filled(key, self._peers.worker_id)
+            self._scheduler.relocation.filled(key, self.peers.worker_id)
 
     def _table(self, key: KvKey) -> Sequence[int] | None:
         request = self._exchanging(key)

@@ -4,7 +4,9 @@
     commit(key)       at a batch boundary: layers are given up, KV grows; a follower hands its
                       requests over, the leader parks its own; from then on frames are handled
 
-What happens is told to the event loop as events.
+A worker has at most one *serving* role; without one it is a replica. A role that it had before is
+a *former* one for as long as somebody's KV or batches need it. Frames find their role by the key of
+their group. What happens is told to the event loop as events.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.events import Committed, GroupEvent, PrepareFailed
 from services.worker.pipeline.leader import PipelineLeader
 from services.worker.pipeline.peers import GroupKey, GroupPeers
+from services.worker.pipeline.role import Role
 from services.worker.pipeline.stage import FollowerStage
 from shared.errors import KunserveError
 from shared.messages import TokenItem
@@ -36,15 +39,18 @@ class _Prepared:
 
 
 class GroupMember:
-    """Groups of one worker: any number prepared, one served in at most. Engine thread only."""
+    """Groups of one worker: any number prepared or former, one served in at most.
+
+    Engine thread only.
+    """
 
     def __init__(self, core: EngineCore, scheduler: Scheduler, runner: ModelRunner) -> None:
         self._core = core
         self._scheduler = scheduler
         self._runner = runner
         self._prepared: dict[GroupKey, _Prepared] = {}
-        self._peers: GroupPeers | None = None
-        self._role: PipelineLeader | FollowerStage | None = None
+        self._serving: Role | None = None
+        self._roles: dict[GroupKey, Role] = {}  # the serving one, and former ones
         self._retired: list[GroupPeers] = []
         self._events: list[GroupEvent] = []
 
@@ -69,48 +75,50 @@ class GroupMember:
         Raises:
             ValueError: the group is not prepared, or the worker serves in one already.
         """
-        if key not in self._prepared or self._role is not None:
+        if key not in self._prepared or self._serving is not None:
             raise ValueError(f"group {key.group_id} cannot be committed now")
         prepared = self._prepared.pop(key)
         self._retire()
-        self._peers = peers = prepared.peers
-        if peers.is_leader:
-            leader = PipelineLeader(peers, self._runner, self._scheduler, self._events.append)
-            leader.begin()
-            self._core.add_pipeline(peers.route, leader)
-            self._role = leader
-        else:
+        self._serving = self._roles[key] = self._begin(prepared.peers)
+        self._events.append(Committed(key, model_facts(self._runner)))
+        return [item for frame in prepared.frames for item in self.on_frame(frame, now)]
+
+    def _begin(self, peers: GroupPeers) -> Role:
+        if not peers.is_leader:
             stage = FollowerStage(peers, self._runner, self._scheduler, self._events.append)
             stage.begin()
-            self._role = stage
-        self._events.append(Committed(key, model_facts(self._runner)))
-        return [item for frame in prepared.frames for item in self._handle(frame, now)]
+            return stage
+        leader = PipelineLeader(peers, self._runner, self._scheduler, self._events.append)
+        leader.begin()
+        self._core.add_pipeline(peers.route, leader)
+        return leader
 
     def prepare_restore(self, epoch: int) -> None:
         """Get the missing layers back for the plan of `epoch`, while the pipeline serves."""
-        if self._role is not None:
-            self._role.prepare_restore(epoch)
+        if self._serving is not None:
+            self._serving.prepare_restore(epoch)
 
     def undo_restore(self) -> None:
         """The pipeline stays as it is."""
-        if self._role is not None:
-            self._role.undo_restore()
+        if self._serving is not None:
+            self._serving.undo_restore()
 
     def commit_restore(self) -> None:
-        """Serve alone; what is on the pipeline leaves it bit by bit."""
-        if self._role is not None:
-            self._role.commit_restore()
+        """Serve alone; what is on the pipeline, now a former one, leaves it bit by bit."""
+        former, self._serving = self._serving, None
+        if former is not None:
+            former.commit_restore()
 
-    def _end_if_over(self) -> None:
-        """Forget a pipeline that is dissolved, but not its links: the last frames may be on them.
+    def _end_what_is_over(self) -> None:
+        """Forget pipelines that are dissolved, but not their links: last frames may be on them.
 
         They are closed when the worker joins another group.
         """
-        if self._role is None or not self._role.is_over or self._peers is None:
-            return
-        self._core.remove_pipeline(self._peers.route)
-        self._retired.append(self._peers)
-        self._peers = self._role = None
+        for key, role in list(self._roles.items()):
+            if role.is_over and role is not self._serving:
+                self._core.remove_pipeline(role.peers.route)
+                self._retired.append(role.peers)
+                del self._roles[key]
 
     def _retire(self) -> None:
         for peers in self._retired:
@@ -122,8 +130,10 @@ class GroupMember:
     def on_frame(self, frame: LinkFrame, now: float) -> list[TokenItem]:
         """Handle a frame, or keep it until its group is committed; an old one is discarded."""
         key = GroupKey(frame.group_id, frame.epoch)
-        if self._peers is not None and self._peers.key == key:
-            return self._handle(frame, now)
+        role = self._roles.get(key)
+        if role is not None:
+            outcome = role.handle(frame, now)
+            return [] if outcome is None else self._core.finish(outcome)
         if key in self._prepared:
             self._prepared[key].frames.append(frame)
         return []
@@ -132,42 +142,34 @@ class GroupMember:
         """A link is down.
 
         Raises:
-            GroupLostError: the group that is being served has lost a member.
+            GroupLostError: a group that is being served, or was and is still needed, has lost a
+                member.
         """
         detail = f"the link to {link.peer.worker_id} is down: {reason.value}"
-        if self._peers is not None and self._peers.has_link(link):
+        if any(role.peers.has_link(link) for role in self._roles.values()):
             raise GroupLostError(detail)
         for key, prepared in list(self._prepared.items()):
             if prepared.peers.has_link(link):
                 self.abandon(key)
                 self._events.append(PrepareFailed(key, detail))
 
-    def _handle(self, frame: LinkFrame, now: float) -> list[TokenItem]:
-        match self._role:
-            case PipelineLeader() as leader:
-                outcome = leader.handle(frame, now)
-                return [] if outcome is None else self._core.finish(outcome)
-            case FollowerStage() as stage:
-                stage.handle(frame)
-        return []
-
     # --- rounds ----------------------------------------------------------------------------------
 
     def pump(self) -> None:
         """Send what can be sent now; called before and after each batch."""
-        if self._role is not None:
-            self._role.pump()
-        self._end_if_over()
+        for role in self._roles.values():
+            role.pump()
+        self._end_what_is_over()
 
     @property
     def is_busy(self) -> bool:
         """True while there is something to do that nobody will announce."""
-        return self._role is not None and self._role.is_busy
+        return any(role.is_busy for role in self._roles.values())
 
     def release(self, keys: tuple[KvKey, ...]) -> None:
         """Free what requests hold here that nobody wanted any more when they were handed over."""
-        if isinstance(self._role, FollowerStage):
-            self._role.release_unwanted(keys)
+        if isinstance(self._serving, FollowerStage):
+            self._serving.release_unwanted(keys)
 
     def take_events(self) -> tuple[GroupEvent, ...]:
         """What happened since the last call."""
@@ -179,6 +181,6 @@ class GroupMember:
         """Close all links; the peers notice."""
         for key in list(self._prepared):
             self.abandon(key)
-        if self._peers is not None:
-            self._peers.close()
+        for role in self._roles.values():
+            role.peers.close()
         self._retire()

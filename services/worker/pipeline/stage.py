@@ -46,7 +46,7 @@ class FollowerStage:
         self, peers: GroupPeers, runner: ModelRunner, scheduler: Scheduler, emit: EventSink
     ) -> None:
         """Take a worker's scheduler, which has no requests after `begin`."""
-        self._peers = peers
+        self.peers = peers
         self._runner = runner
         self._scheduler = scheduler
         self._blocks = scheduler.blocks.stage
@@ -60,8 +60,8 @@ class FollowerStage:
     def begin(self) -> None:
         """Give layers up and all requests away; no batch may be in flight."""
         requests = self._scheduler.relocation.hand_over_all()
-        num_blocks = self._lend_all(self._runner.keep(self._peers.span))
-        self._emit(HandedOver(self._peers, tuple(requests), num_blocks))
+        num_blocks = self._lend_all(self._runner.keep(self.peers.span))
+        self._emit(HandedOver(self.peers, tuple(requests), num_blocks))
 
     def release_unwanted(self, keys: Sequence[KvKey]) -> None:
         """Nobody wants requests any more that were to be handed over; the leader has their room."""
@@ -71,7 +71,7 @@ class FollowerStage:
             self._blocks.release(key)
         self._send_capacity(num_blocks)
 
-    def handle(self, frame: LinkFrame) -> None:
+    def handle(self, frame: LinkFrame, now: float) -> None:
         """Act on a frame from the leader, from the stage before, or with KV.
 
         Raises:
@@ -101,13 +101,13 @@ class FollowerStage:
         """Load a part of the model, if that is due; send KV that waited for room on its link."""
         if self._restoration is not None:
             self._restoration.pump()
-        self._peers.push_bulk()
+        self.peers.push_bulk()
 
     @property
     def is_busy(self) -> bool:
         """True while `pump` has something to do whatever arrives."""
         is_loading = self._restoration is not None and self._restoration.is_busy
-        return self._peers.has_backlog or is_loading
+        return self.peers.has_backlog or is_loading
 
     @property
     def is_over(self) -> bool:
@@ -118,11 +118,11 @@ class FollowerStage:
 
     def prepare_restore(self, epoch: int) -> None:
         """Get the missing layers back while the pipeline serves."""
-        self._restoration = Restoration(self._peers, self._runner, self._emit, epoch)
+        self._restoration = Restoration(self.peers, self._runner, self._emit, epoch)
         request = ShrinkRequest(
-            worker_id=self._peers.worker_id, epoch=epoch, num_blocks=self._runner.replica_blocks
+            worker_id=self.peers.worker_id, epoch=epoch, num_blocks=self._runner.replica_blocks
         )
-        self._peers.send(self._peers.leader, FrameKind.SHRINK_REQUEST, request)
+        self.peers.send(self.peers.leader, FrameKind.SHRINK_REQUEST, request)
 
     def undo_restore(self) -> None:
         """The pipeline stays."""
@@ -138,22 +138,22 @@ class FollowerStage:
 
     def _take_back(self, message: GiveBack) -> None:
         """The leader books less here from now on: for a restore, or for own requests."""
-        self._peers.send_next(FrameKind.GIVE_BACK, message)
-        self._blocks.take_back(message.num_blocks.get(self._peers.worker_id, 0))
+        self.peers.send_next(FrameKind.GIVE_BACK, message)
+        self._blocks.take_back(message.num_blocks.get(self.peers.worker_id, 0))
         if self._restoration is None:  # called off here: the leader shall have it again
             self._send_capacity(self._lend_all(self._runner.num_blocks))
         elif self._restoration.state is RestorationState.SHRINKING:
             self._restoration.shrunk(self._scheduler.blocks.shrink(0, ()))
 
     def _dissolve(self, message: Dissolve) -> None:
-        self._peers.send_next(FrameKind.DISSOLVE, message)
+        self.peers.send_next(FrameKind.DISSOLVE, message)
         self._is_dissolved = True
         self._end_if_over()
 
     def _end_if_over(self) -> None:
         if self.is_over:
             self._blocks.release_all()
-            self._emit(Dissolved(self._peers.key))
+            self._emit(Dissolved(self.peers.key))
 
     # --- batches ---------------------------------------------------------------------------------
 
@@ -163,14 +163,14 @@ class FollowerStage:
             self._compute(message, buffer)
         except Exception as error:  # whatever it is, it must not take the other requests along
             self._log.exception("batch failed", requests=len(message.keys))
-            self._answer(Tokens(step=message.step, error=f"{self._peers.worker_id}: {error}"))
+            self._answer(Tokens(step=message.step, error=f"{self.peers.worker_id}: {error}"))
 
     def _compute(self, message: Microbatch, buffer: Buffer) -> None:
         batch = make_batch(self._slices(message), self._runner.block_size)
         hidden = float_tensor(buffer).view(batch.token_ids.numel(), -1)
-        self._runner.forward(batch, hidden, self._peers.span)
-        if self._peers.next_worker_id is not None:
-            self._peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))
+        self._runner.forward(batch, hidden, self.peers.span)
+        if self.peers.next_worker_id is not None:
+            self.peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))
             return
         sampled = self._runner.sample(hidden, batch, [sampling_row(row) for row in message.rows])
         self._answer(
@@ -194,19 +194,19 @@ class FollowerStage:
         return slices
 
     def _answer(self, tokens: Tokens) -> None:
-        self._peers.send(self._peers.leader, FrameKind.TOKENS, tokens)
+        self.peers.send(self.peers.leader, FrameKind.TOKENS, tokens)
 
     # --- KV --------------------------------------------------------------------------------------
 
     def _release(self, message: Release) -> None:
-        self._peers.send_next(FrameKind.RELEASE, message)
-        for key in message.keys.get(self._peers.worker_id, ()):
+        self.peers.send_next(FrameKind.RELEASE, message)
+        for key in message.keys.get(self.peers.worker_id, ()):
             self._blocks.release(key)
 
     def _obey(self, order: Order) -> None:
         """Make room for KV that will come, and send what others need."""
-        self._peers.send_next(FrameKind.ORDER, order)
-        here = self._peers.worker_id
+        self.peers.send_next(FrameKind.ORDER, order)
+        here = self.peers.worker_id
         try:
             if any(transfer.destination == here for transfer in order.transfers):
                 self._blocks.extend(order.key, order.num_tokens)
@@ -223,27 +223,27 @@ class FollowerStage:
 
     def _tell_filled(self, keys: Sequence[KvKey]) -> None:
         for key in keys:
-            self._send_filled(Filled(key=key, worker_id=self._peers.worker_id))
+            self._send_filled(Filled(key=key, worker_id=self.peers.worker_id))
 
     def _send_filled(self, filled: Filled) -> None:
-        self._peers.send(self._peers.leader, FrameKind.FILLED, filled)
+        self.peers.send(self.peers.leader, FrameKind.FILLED, filled)
 
     # --- size ------------------------------------------------------------------------------------
 
     def _settle(self, message: Settle) -> None:
         """No KV of layers given up is needed any more: let the leader use its memory."""
-        self._peers.send_next(FrameKind.SETTLE, message)
+        self.peers.send_next(FrameKind.SETTLE, message)
         self._send_capacity(self._lend_all(self._runner.settle()))
-        self._emit(Settled(self._peers.key, model_facts(self._runner)))
+        self._emit(Settled(self.peers.key, model_facts(self._runner)))
 
     def _lend_all(self, num_blocks: int) -> int:
         """Let the leader book whatever is free in a pool of now `num_blocks` blocks."""
         blocks = self._scheduler.blocks
         blocks.grow(num_blocks)
-        num_lent = blocks.num_free(self._peers.worker_id)
+        num_lent = blocks.num_free(self.peers.worker_id)
         self._blocks.lend(num_lent)
         return num_lent
 
     def _send_capacity(self, num_blocks: int) -> None:
-        capacity = Capacity(worker_id=self._peers.worker_id, num_blocks=num_blocks)
-        self._peers.send(self._peers.leader, FrameKind.CAPACITY, capacity)
+        capacity = Capacity(worker_id=self.peers.worker_id, num_blocks=num_blocks)
+        self.peers.send(self.peers.leader, FrameKind.CAPACITY, capacity)
