@@ -146,7 +146,7 @@ class Transition:
             raise GroupBrokenUpError("the plan has ended this worker's group: it must start anew")
         self._go_alone()
         self._place(group)
-        self._repeat(AckState.APPLIED)
+        self._repeat(AckState.SETTLED)  # also for a planner that took over since it was first said
 
     # --- restore ---------------------------------------------------------------------------------
 

@@ -81,13 +81,19 @@ class Client:
 
     # --- plans -----------------------------------------------------------------------------------
 
+    async def take_over(self) -> None:
+        """Another planner leads: it writes the plan again, under its own term."""
+        assert self.plan is not None
+        self.plan = self.plan.model_copy(update={"term": self.plan.term + 1})
+        await self._plans.put(PLAN_KEY, self.plan.encode())
+
     async def publish(
         self, groups: Sequence[GroupPlan], state: LayoutState, phase: PlanPhase, change: bool
     ) -> None:
         previous = self.plan.groups if self.plan is not None else ()
         epoch = self.plan.epoch + 1 if self.plan is not None else 1
         self.plan = Plan(
-            term=1,
+            term=self.plan.term if self.plan is not None else 1,
             epoch=epoch,
             state=state,
             phase=phase,
@@ -119,7 +125,7 @@ class Client:
     async def be_replicas(self) -> None:
         groups = [_group(f"g-{worker_id}", [worker_id]) for worker_id in WORKERS]
         await self.publish(groups, LayoutState.STABLE, PlanPhase.COMMIT, change=False)
-        await eventually(lambda: self.answered(AckState.APPLIED))
+        await self.settled()
 
     async def prepare(self) -> GroupPlan:
         assert self.plan is not None
@@ -337,6 +343,21 @@ async def test_a_restore_that_is_called_off_leaves_the_pipeline(tiny_models: Tin
         assert len(await client.tokens("a")) == NUM_TOKENS
         await client.restore()
         await client.settled()
+
+
+async def test_a_planner_that_takes_over_is_told_how_far_the_workers_are(
+    tiny_models: TinyModels,
+) -> None:
+    async with running_cluster(tiny_models.directory("llama")) as client:
+        await client.prepare()
+        await client.take_over()
+        await eventually(lambda: client.answered(AckState.PREPARED))
+        await client.be_replicas()
+        for change in (client.drop, client.restore):
+            await change()
+            await client.settled()
+            await client.take_over()
+            await client.settled()
 
 
 async def test_what_still_reaches_the_follower_is_passed_on(tiny_models: TinyModels) -> None:

@@ -338,7 +338,7 @@ async def test_a_worker_says_what_it_is_and_acknowledges_the_plan(client: Client
         return (
             entry is not None
             and entry.value is not None
-            and PlanAck.decode(entry.value).state is AckState.APPLIED
+            and PlanAck.decode(entry.value).state is AckState.SETTLED
         )
 
     await eventually(acknowledged)
