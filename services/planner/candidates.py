@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from services.planner.pressure import GroupLoad
-from services.planner.slices import Interval, Slicing, StageShape
+from services.planner.slices import Slicing
+from services.planner.stages import Interval, StageShape
 from shared.layout import GroupPlan, MemberPlan, Span
 from shared.messages import ModelCosts, WorkerInfo
 
@@ -57,17 +58,16 @@ class Pipeline(NamedTuple):
 
     def group(self, epoch: int) -> GroupPlan:
         """What the plan says of it; `epoch` is that of the plan which proposes it."""
-        cuts = self.slicing.cuts
         stages = [self.members[index] for index in self.slicing.members]
         return GroupPlan(
             group_id=f"p{epoch}-{stages[0].worker_id}",
             members=tuple(
-                MemberPlan(
-                    worker_id=member.worker_id,
-                    span=Span(start=cuts[k], end=cuts[k + 1]),
-                    incarnation=member.incarnation,
-                )
-                for k, member in enumerate(stages)
+                [
+                    MemberPlan(
+                        worker_id=member.worker_id, span=span, incarnation=member.incarnation
+                    )
+                    for member, span in zip(stages, self.slicing.spans, strict=True)
+                ]
             ),
             epoch=epoch,
         )
@@ -82,20 +82,24 @@ def make_candidates(
     shapes = _Shapes()
     candidates = []
     for group in groups:
-        infos = [workers.get(member.worker_id) for member in group.members]
-        living = [info for info in infos if info is not None]
-        if len(living) == len(infos):
-            members = tuple(
-                [Member(info.worker_id, info.incarnation, shapes.of(info)) for info in living]
-            )
-            hosts = {info.host for info in living}
-            whole = sum([member.shape.whole_blocks for member in members])
+        members: list[Member] = []
+        hosts: set[str] = set()
+        whole = 0
+        for place in group.members:
+            info = workers.get(place.worker_id)
+            if info is None:
+                break
+            shape = shapes.of(info)
+            members.append(Member(info.worker_id, info.incarnation, shape))
+            hosts.add(info.host)
+            whole += shape.whole_blocks
+        else:
             load = loads.get(group.group_id)
             demand, capacity = (load.demand_blocks, load.total_blocks) if load else (0, whole)
             candidates.append(
                 Candidate(
                     group,
-                    members,
+                    tuple(members),
                     hosts.pop() if len(hosts) == 1 else SPREAD,
                     len(members),
                     demand,

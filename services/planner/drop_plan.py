@@ -206,11 +206,11 @@ def slice_pools(pools: Iterable[Pool], needed_ratio: float) -> DropPlan | None:
     for pool in pools:
         if isinstance(pool, Merged):
             members = [member for candidate in pool.parts for member in candidate.members]
-            slicing = slicer.slice(members, _wanted_blocks(pool, needed_ratio))
-            if slicing is not None:
-                pipelines.append(Pipeline(members, slicing))
+            pipeline = slicer.slice(members, _wanted_blocks(pool, needed_ratio))
+            if pipeline is not None:
+                pipelines.append(pipeline)
                 num_merges += len(pool.parts) - 1
-                capacity_blocks += slicing.num_blocks
+                capacity_blocks += pipeline.slicing.num_blocks
                 continue
         untouched += [candidate.group for candidate in pool.parts]
         capacity_blocks += pool.capacity_blocks
@@ -227,17 +227,29 @@ def slice_pools(pools: Iterable[Pool], needed_ratio: float) -> DropPlan | None:
 
 
 class _Slicer:
-    """Slices by the shapes of the members: in a large cluster most pools look alike."""
+    """Slices by the shapes of the members: in a large cluster most pools look alike.
+
+    The first member, the most loaded, keeps its place; the others line up by shape, so that pools
+    of the same workers in another order count as alike.
+    """
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, ...], Slicing | None] = {}
+        self._numbers: dict[int, int] = {}
 
-    def slice(self, members: Sequence[Member], wanted_blocks: int) -> Slicing | None:
-        key = (wanted_blocks, *[id(member.shape) for member in members])
+    def slice(self, members: Sequence[Member], wanted_blocks: int) -> Pipeline | None:
+        """The members as a pipeline, or None where they cannot be one."""
+        ordered = [members[0], *sorted(members[1:], key=self._number)]
+        key = (wanted_blocks, *[self._number(member) for member in ordered])
         if key not in self._known:
-            shapes = [member.shape for member in members]
+            shapes = [member.shape for member in ordered]
             self._known[key] = slice_layers(shapes, wanted_blocks)
-        return self._known[key]
+        slicing = self._known[key]
+        return Pipeline(ordered, slicing) if slicing is not None else None
+
+    def _number(self, member: Member) -> int:
+        """Equal shapes are one object; they are numbered as they come."""
+        return self._numbers.setdefault(id(member.shape), len(self._numbers))
 
 
 def _wanted_blocks(pool: Merged, needed_ratio: float) -> int:

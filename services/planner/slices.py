@@ -19,46 +19,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
-from shared.messages import ModelCosts
-
-Interval = tuple[int, int]
-
-#: Stage times are compared with this tolerance: they are sums of floats.
-_ROUNDING = 1e-9
+from services.planner.stages import ROUNDING, Interval, Stage, StageShape, line_up
+from shared.layout import Span
 
 
-@dataclass(frozen=True, slots=True)
-class StageShape:
-    """What the slicing has to know of a worker; workers of equal shape are interchangeable.
-
-    Attributes:
-        memory_bytes: for weights and KV together.
-        held: layers whose weights are resident, half-open, disjoint, ascending, not touching.
-    """
-
-    memory_bytes: int
-    held: tuple[Interval, ...]
-    costs: ModelCosts
-    num_layers: int
-
-    @property
-    def whole_blocks(self) -> int:
-        """KV blocks that the worker has as a replica."""
-        free_bytes = self.memory_bytes - self.costs.whole_weight_bytes
-        return max(0, free_bytes // (self.num_layers * self.costs.kv_layer_block_bytes))
-
-    @property
-    def copy_blocks(self) -> float:
-        """KV blocks that fit into the bytes of one copy of the model: the paper's P."""
-        costs = self.costs
-        return costs.whole_weight_bytes / (self.num_layers * costs.kv_layer_block_bytes)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Slicing:
     """A division of the layers among members.
 
@@ -75,6 +45,11 @@ class Slicing:
     slowest_seconds: float
     num_blocks: int
     num_fetched: int = 0
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """The layers of each stage, as plans name them."""
+        return tuple(Span(start=start, end=end) for start, end in pairwise(self.cuts))
 
 
 def slice_layers(members: Sequence[StageShape], wanted_blocks: int) -> Slicing | None:
@@ -114,63 +89,10 @@ def _orders(members: Sequence[StageShape]) -> list[tuple[int, ...]]:
 # --- one order of the members ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """One member in its place: what is not layers is paid already."""
-
-    memory_bytes: int
-    fixed_seconds: float
-    held: tuple[Interval, ...]
-    layer_bytes: int
-    kv_bytes: int
-    layer_seconds: float
-
-    def max_layers(self, seconds: float, num_blocks: int) -> int:
-        """Layers it can hold beside `num_blocks` blocks and compute in `seconds`."""
-        by_memory = self.memory_bytes // (self.layer_bytes + num_blocks * self.kv_bytes)
-        if math.isinf(seconds):
-            return max(0, by_memory)
-        by_time = int((seconds - self.fixed_seconds) / self.layer_seconds + _ROUNDING)
-        return max(0, min(by_memory, by_time))
-
-    def seconds(self, layers: int) -> float:
-        return self.fixed_seconds + layers * self.layer_seconds
-
-    def num_blocks(self, layers: int) -> int:
-        return (self.memory_bytes - layers * self.layer_bytes) // (layers * self.kv_bytes)
-
-
-def _stages(members: Sequence[StageShape], order: Sequence[int]) -> list[_Stage]:
-    stages = []
-    for place, index in enumerate(order):
-        costs = members[index].costs
-        measured = costs.layer_seconds > 0.0
-        fixed_bytes, fixed_seconds = 0, 0.0
-        if place == 0:
-            fixed_bytes += costs.embedding_weight_bytes
-            fixed_seconds += costs.embedding_seconds if measured else 0.0  # a lookup
-        if place == len(order) - 1:
-            fixed_bytes += costs.head_weight_bytes
-            fixed_seconds += costs.head_seconds if measured else float(costs.head_weight_bytes)
-        stages.append(
-            _Stage(
-                memory_bytes=members[index].memory_bytes - fixed_bytes,
-                fixed_seconds=fixed_seconds,
-                held=members[index].held,
-                layer_bytes=costs.layer_weight_bytes,
-                kv_bytes=costs.kv_layer_block_bytes,
-                layer_seconds=(
-                    costs.layer_seconds if measured else float(max(1, costs.layer_weight_bytes))
-                ),
-            )
-        )
-    return stages
-
-
 def _only_drop(
     members: Sequence[StageShape], order: tuple[int, ...], num_layers: int, wanted_blocks: int
 ) -> Slicing | None:
-    stages = _stages(members, order)
+    stages = line_up(members, order)
     num_blocks = _most_blocks(stages, num_layers, wanted_blocks)
     if num_blocks == 0:
         return None
@@ -180,12 +102,13 @@ def _only_drop(
     return _slicing(order, stages, cuts)
 
 
-def _most_blocks(stages: Sequence[_Stage], num_layers: int, wanted_blocks: int) -> int:
+def _most_blocks(stages: Sequence[Stage], num_layers: int, wanted_blocks: int) -> int:
     """The wanted number of blocks or the most that is possible below it."""
 
+    can_cover = _coverage(stages, num_layers)
+
     def impossible(num_blocks: int) -> bool:
-        limits = [stage.max_layers(math.inf, num_blocks) for stage in stages]
-        return not _reachable(stages, limits)[-1] >> num_layers & 1
+        return not can_cover([stage.max_layers(math.inf, num_blocks) for stage in stages])
 
     if not impossible(wanted_blocks):
         return max(1, wanted_blocks)
@@ -195,32 +118,47 @@ def _most_blocks(stages: Sequence[_Stage], num_layers: int, wanted_blocks: int) 
     return steps[place - 1] if place else 0
 
 
-def _least_seconds(stages: Sequence[_Stage], num_layers: int, num_blocks: int) -> float:
+def _least_seconds(stages: Sequence[Stage], num_layers: int, num_blocks: int) -> float:
     """The shortest time of the slowest stage that leaves room for `num_blocks`."""
 
+    can_cover = _coverage(stages, num_layers)
+
     def possible(seconds: float) -> bool:
-        limits = [stage.max_layers(seconds, num_blocks) for stage in stages]
-        return bool(_reachable(stages, limits)[-1] >> num_layers & 1)
+        return can_cover([stage.max_layers(seconds, num_blocks) for stage in stages])
 
     # No division is faster than one of fractions of layers, and few are slower by a layer or more.
-    work = num_layers + sum(stage.fixed_seconds / stage.layer_seconds for stage in stages)
-    ideal = (1 - _ROUNDING) * work / sum(1 / stage.layer_seconds for stage in stages)
-    near = ideal + max(stage.layer_seconds for stage in stages)
-    times = sorted(
-        {
-            seconds
-            for stage in stages
-            for n in range(1, num_layers + 1)
-            if (seconds := stage.seconds(n)) >= ideal
-        }
-    )
-    end = bisect_left(times, near)
-    if not end or not possible(times[end - 1]):
-        end = len(times)
-    return times[bisect_left(times, True, hi=end, key=possible)]
+    work = num_layers + sum([stage.fixed_seconds / stage.layer_seconds for stage in stages])
+    ideal = (1 - ROUNDING) * work / sum([1 / stage.layer_seconds for stage in stages])
+    near = ideal + max([stage.layer_seconds for stage in stages])
+    times = _times(stages, num_layers, ideal, near)
+    if not times or not possible(times[-1]):
+        times = _times(stages, num_layers, ideal, math.inf)
+    return times[bisect_left(times, True, key=possible)]
 
 
-def _reachable(stages: Sequence[_Stage], limits: Sequence[int]) -> list[int]:
+def _times(stages: Sequence[Stage], num_layers: int, start: float, end: float) -> list[float]:
+    """The times in `[start, end)` that some stage takes for some number of layers, ascending."""
+    times = set()
+    for stage in stages:
+        fewest = max(1, int((start - stage.fixed_seconds) / stage.layer_seconds))
+        for layers in range(fewest, num_layers + 1):
+            seconds = stage.seconds(layers)
+            if seconds >= end:
+                break
+            if seconds >= start:
+                times.add(seconds)
+    return sorted(times)
+
+
+def _coverage(stages: Sequence[Stage], num_layers: int) -> Callable[[Sequence[int]], bool]:
+    """Whether stages that serve so many layers at most can serve the whole model together."""
+    everything = ((0, num_layers),)
+    if all(stage.held == everything for stage in stages):
+        return lambda limits: min(limits) > 0 and sum(limits) >= num_layers
+    return lambda limits: bool(_reachable(stages, limits)[-1] >> num_layers & 1)
+
+
+def _reachable(stages: Sequence[Stage], limits: Sequence[int]) -> list[int]:
     """For each k: the set of p such that the first k stages can serve `[0, p)`, as bits."""
     reached = [1]
     for stage, limit in zip(stages, limits, strict=True):
@@ -248,7 +186,7 @@ def _bits(start: int, end: int) -> int:
     return (1 << end) - (1 << start)
 
 
-def _cuts(stages: Sequence[_Stage], limits: Sequence[int], num_layers: int) -> tuple[int, ...]:
+def _cuts(stages: Sequence[Stage], limits: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """Cuts within the limits, from the end, as even as they may be."""
     reached = _reachable(stages, limits)
     cuts = [num_layers]
@@ -265,7 +203,7 @@ def _cuts(stages: Sequence[_Stage], limits: Sequence[int], num_layers: int) -> t
     return tuple(reversed(cuts))
 
 
-def _slicing(order: tuple[int, ...], stages: Sequence[_Stage], cuts: tuple[int, ...]) -> Slicing:
+def _slicing(order: tuple[int, ...], stages: Sequence[Stage], cuts: tuple[int, ...]) -> Slicing:
     sizes = [end - start for start, end in pairwise(cuts)]
     fetched = sum(
         _missing(stage.held, start, end)
@@ -287,7 +225,7 @@ def _with_fetches(
     members: Sequence[StageShape], order: tuple[int, ...], num_layers: int, wanted_blocks: int
 ) -> Slicing | None:
     """The fewest layers fetched, then the fastest slowest stage."""
-    stages = _stages(members, order)
+    stages = line_up(members, order)
     anywhere = [replace(stage, held=((0, num_layers),)) for stage in stages]
     num_blocks = _most_blocks(anywhere, num_layers, wanted_blocks)
     if num_blocks == 0:

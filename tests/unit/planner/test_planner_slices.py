@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.planner.slices import Interval, Slicing, StageShape, slice_layers
+from services.planner.slices import Slicing, slice_layers
+from services.planner.stages import Interval, StageShape
 from shared.messages import ModelCosts
 
 NUM_LAYERS = 6
