@@ -35,7 +35,7 @@ from shared.messages import TokenItem
 
 #: How long an idle thread sleeps before it looks at its stop flag.
 _IDLE_SECONDS = 1.0
-#: The same while KV waits for room on a link, or layers are loaded.
+#: The same while KV waits for room on a link, layers are loaded, or old mappings are left.
 _BUSY_SECONDS = 0.001
 
 
@@ -203,7 +203,7 @@ class EngineThread:
             return
         self._ready.set_result(engine.facts)
         try:
-            self._run(engine.core, engine.member)
+            self._run(engine)
             engine.member.close()
             engine.runner.close()
         except BaseException as error:  # handed to the service, which ends the process
@@ -211,11 +211,11 @@ class EngineThread:
         else:
             self._finished.set_result(None)
 
-    def _run(self, core: EngineCore, member: GroupMember) -> None:
-        num_added = 0
+    def _run(self, engine: BuiltEngine) -> None:
+        core, member, num_added = engine.core, engine.member, 0
         self._report(EngineReport((), core.load(), num_added))
         while True:
-            commands = self._take_commands(_wait_seconds(core, member))
+            commands = self._take_commands(_wait_seconds(engine))
             if any(isinstance(command, Stop) for command in commands):
                 return
             num_added += sum(isinstance(command, Add) for command in commands)
@@ -223,6 +223,7 @@ class EngineThread:
             member.pump()
             items += core.step(time.monotonic())
             member.pump()
+            engine.runner.unmap_stale()
             events = member.take_events()
             if commands or items or events:
                 self._report(EngineReport(tuple(items), core.load(), num_added, events))
@@ -241,11 +242,12 @@ class EngineThread:
         self._loop.call_soon_threadsafe(self._on_report, report)
 
 
-def _wait_seconds(core: EngineCore, member: GroupMember) -> float:
+def _wait_seconds(engine: BuiltEngine) -> float:
     """How long to sleep if nothing arrives; whatever arrives ends it."""
-    if not core.is_waiting:
+    if not engine.core.is_waiting:
         return 0.0
-    return _BUSY_SECONDS if member.is_busy else _IDLE_SECONDS
+    is_busy = engine.member.is_busy or engine.runner.has_stale_mappings
+    return _BUSY_SECONDS if is_busy else _IDLE_SECONDS
 
 
 def _apply(core: EngineCore, member: GroupMember, command: Command) -> list[TokenItem]:

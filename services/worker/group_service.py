@@ -28,6 +28,7 @@ from services.worker.pipeline.events import (
     Dissolved,
     GroupEvent,
     HandedOver,
+    PhaseTimed,
     PrepareFailed,
     Restored,
     Settled,
@@ -117,6 +118,13 @@ class GroupService:
                 self._transition.dissolved(key)
             case PrepareFailed(key, reason):
                 self._transition.prepare_failed(key, reason)
+            case PhaseTimed(phase, seconds, num_bytes):
+                self._log.info(
+                    "phase over",
+                    phase=phase.value,
+                    milliseconds=round(seconds * 1e3, 3),
+                    bytes=num_bytes,
+                )
             case _:
                 assert_never(event)
 

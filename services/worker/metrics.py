@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Summary
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from services.worker.engine.outputs import SchedulerLoad
 from services.worker.engine_thread import EngineReport
+from services.worker.pipeline.events import PhaseTimed
 from shared.metrics import new_registry
 
 
@@ -32,6 +33,18 @@ class WorkerMetrics(Collector):
             ["finished_reason"],
             registry=self.registry,
         )
+        self._phase_seconds = Summary(
+            "kunserve_phase_seconds",
+            "time of the phases of drops and restores",
+            ["phase"],
+            registry=self.registry,
+        )
+        self._phase_bytes = Counter(
+            "kunserve_phase_bytes",
+            "weights given up or loaded, KV moved, by phase of drops and restores",
+            ["phase"],
+            registry=self.registry,
+        )
         for collector in (self, *others):
             self.registry.register(collector)
 
@@ -42,6 +55,11 @@ class WorkerMetrics(Collector):
             self._generated.inc(len(item.token_ids))
             if item.finish_reason is not None:
                 self._finished.labels(item.finish_reason.value).inc()
+
+        for event in report.events:
+            if isinstance(event, PhaseTimed):
+                self._phase_seconds.labels(event.phase.value).observe(event.seconds)
+                self._phase_bytes.labels(event.phase.value).inc(event.num_bytes)
 
     def collect(self) -> Iterator[Metric]:
         load = self._load

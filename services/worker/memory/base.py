@@ -40,7 +40,8 @@ class VirtualRange(Protocol):
     def map(self, position: int, run: ChunkRun) -> None:
         """Make `run` readable and writable from `address + position * chunk_bytes` on.
 
-        What the chunks held is kept. Nothing may be mapped there yet.
+        What the chunks held is kept. Nothing may be mapped there yet. A chunk may be mapped at
+        several places, so that it can change hands before its old mapping is taken away.
 
         Raises:
             DeviceMemoryError: the system refused; nothing is mapped then.

@@ -11,13 +11,14 @@ so the last ones are those at the tail.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from enum import Enum, auto
 from types import MappingProxyType
 from typing import NamedTuple
 
 from services.worker.memory.base import ChunkRun
 from services.worker.memory.errors import LedgerIntegrityError, OutOfChunksError
+from services.worker.memory.runs import FreeRuns, coalesce
 
 
 class OwnerKind(Enum):
@@ -45,7 +46,7 @@ class ChunkLedger:
             raise ValueError("a ledger needs at least one chunk")
         self._owner_of: list[Owner | None] = [None] * num_chunks
         self._chunks: dict[Owner, list[int]] = {}
-        self._num_free = num_chunks
+        self._free = FreeRuns(num_chunks)
 
     @property
     def num_chunks(self) -> int:
@@ -55,7 +56,7 @@ class ChunkLedger:
     @property
     def num_free_chunks(self) -> int:
         """Chunks without owner."""
-        return self._num_free
+        return len(self._free)
 
     @property
     def owners(self) -> Mapping[Owner, list[int]]:
@@ -72,7 +73,7 @@ class ChunkLedger:
 
     def free_runs(self) -> list[ChunkRun]:
         """Free chunks as runs of neighbours, lowest first."""
-        return coalesce(chunk for chunk, owner in enumerate(self._owner_of) if owner is None)
+        return list(self._free)
 
     def assign(self, owner: Owner, count: int) -> list[ChunkRun]:
         """Give `owner` so many free chunks, behind those it has, in as few runs as possible.
@@ -83,16 +84,15 @@ class ChunkLedger:
         Raises:
             OutOfChunksError: too few are free; nothing has changed.
         """
-        if count > self._num_free:
+        if count > len(self._free):
             raise OutOfChunksError(
-                f"{owner} needs {count} chunks of memory, but only {self._num_free} are free"
+                f"{owner} needs {count} chunks of memory, but only {len(self._free)} are free"
             )
-        runs = _choose_runs(self.free_runs(), count)
+        runs = self._free.take(count)
         for run in runs:
-            for chunk in range(run.first, run.first + run.count):
-                self._owner_of[chunk] = owner
-                self._chunks.setdefault(owner, []).append(chunk)
-        self._num_free -= count
+            end = run.first + run.count
+            self._owner_of[run.first : end] = [owner] * run.count
+            self._chunks.setdefault(owner, []).extend(range(run.first, end))
         return runs
 
     def release_tail(self, owner: Owner, count: int) -> list[ChunkRun]:
@@ -106,10 +106,11 @@ class ChunkLedger:
         del chunks[-count:]
         if not chunks:
             del self._chunks[owner]
-        for chunk in tail:
-            self._owner_of[chunk] = None
-        self._num_free += count
-        return coalesce(sorted(tail))
+        runs = coalesce(sorted(tail))
+        for run in runs:
+            self._owner_of[run.first : run.first + run.count] = [None] * run.count
+            self._free.add(run)
+        return runs
 
     def check_integrity(self) -> None:
         """Raise LedgerIntegrityError unless every chunk is free or has exactly one owner."""
@@ -127,36 +128,9 @@ class ChunkLedger:
                     f"chunk {chunk} is listed as {listed or 'free'} but"
                     f" {seen.get(chunk, 'nobody')} has it"
                 )
-        if len(seen) + self._num_free != len(self._owner_of):
+        free = {chunk for run in self._free for chunk in range(run.first, run.first + run.count)}
+        if free & seen.keys() or len(seen) + len(free) != len(self._owner_of):
             raise LedgerIntegrityError(
-                f"{len(seen)} owned and {self._num_free} free chunks are not the"
+                f"{len(seen)} owned and {len(free)} free chunks are not the"
                 f" {len(self._owner_of)} of the budget"
             )
-
-
-def coalesce(chunks: Iterable[int]) -> list[ChunkRun]:
-    """Join neighbours: `[3, 4, 5, 9]` becomes `[(3, 3), (9, 1)]`; order is kept."""
-    runs: list[ChunkRun] = []
-    for chunk in chunks:
-        if runs and runs[-1].first + runs[-1].count == chunk:
-            runs[-1] = ChunkRun(runs[-1].first, runs[-1].count + 1)
-        else:
-            runs.append(ChunkRun(chunk, 1))
-    return runs
-
-
-def _choose_runs(free: list[ChunkRun], count: int) -> list[ChunkRun]:
-    """Runs with `count` chunks in all: the tightest that holds all, else the longest first."""
-    chosen: list[ChunkRun] = []
-    remaining = list(free)
-    while count > 0:
-        large_enough = [run for run in remaining if run.count >= count]
-        if large_enough:
-            tightest = min(large_enough, key=lambda run: run.count)
-            chosen.append(ChunkRun(tightest.first, count))
-            break
-        longest = max(remaining, key=lambda run: run.count)
-        remaining.remove(longest)
-        chosen.append(longest)
-        count -= longest.count
-    return chosen

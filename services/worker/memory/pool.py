@@ -6,9 +6,10 @@
     KV     layer 0   [ blocks ............ | reserved ... )     K0      |
                                            ^ grow: mapped  <------------+
 
-The weights of a dropped layer are unmapped and its chunks mapped behind the KV of the remaining
-layers; restoring takes them back and maps them at the arena's old addresses. No address ever
-changes and nothing is copied, so kernels, block tables and tensors need not know.
+The chunks of a dropped layer are mapped behind the KV of the remaining layers; restoring takes them
+back and maps them at the arena's old addresses. No address ever changes and nothing is copied, so
+kernels, block tables and tensors need not know. What chunks leave behind is a stale mapping, which
+is taken away later (`mapping.py`).
 
 What the KV gets is not zeroed: it may hold old weights. Our CPU kernel reads only rows that were
 written; a device whose kernel multiplies unused rows by zero must clear what it maps.
@@ -21,9 +22,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.worker.memory.base import PhysicalMemory, VirtualRange
+from services.worker.memory.base import PhysicalMemory
 from services.worker.memory.errors import DeviceMemoryError, LedgerIntegrityError
 from services.worker.memory.ledger import ChunkLedger, Owner, OwnerKind
+from services.worker.memory.mapping import RangeMapping
 from services.worker.memory.sizing import chunks_for, even_growth
 
 
@@ -60,7 +62,7 @@ class MemoryPool:
     def __init__(self, physical: PhysicalMemory) -> None:
         self._physical = physical
         self._ledger = ChunkLedger(physical.num_chunks)
-        self._ranges: dict[Owner, VirtualRange] = {}
+        self._mappings: dict[Owner, RangeMapping] = {}
         self._arenas: dict[str, Arena] = {}
         self._regions: dict[int, KvRegion] = {}
 
@@ -96,11 +98,11 @@ class MemoryPool:
             raise ValueError(f"there is an arena {name!r} already")
         owner = Owner(OwnerKind.WEIGHTS, name)
         reserved = self._physical.reserve(nbytes)
-        self._ranges[owner] = reserved
+        self._mappings[owner] = RangeMapping(reserved)
         try:
             self._map_tail(owner, chunks_for(nbytes, self.chunk_bytes))
         except DeviceMemoryError:
-            self._ranges.pop(owner).close()
+            self._mappings.pop(owner).range.close()
             raise
         self._arenas[name] = Arena(name, reserved.address, nbytes)
         return self._arenas[name]
@@ -110,12 +112,12 @@ class MemoryPool:
         return self._ledger.count(self._weights_of(name)) > 0
 
     def drop_arena(self, name: str) -> None:
-        """Unmap an arena and free its chunks; its addresses stay reserved, its content is gone.
+        """Free the chunks of an arena; its addresses stay reserved, its content is gone.
 
         Nothing happens to one that is dropped already.
         """
         owner = self._weights_of(name)
-        self._unmap_tail(owner, self._ledger.count(owner))
+        self._release_tail(owner, self._ledger.count(owner))
 
     def restore_arena(self, name: str) -> None:
         """Map a dropped arena at its old addresses; its content is undefined until written.
@@ -147,7 +149,7 @@ class MemoryPool:
         if block_bytes < 1:
             raise ValueError(f"a block of {block_bytes} bytes holds nothing")
         reserved = self._physical.reserve(self.budget_bytes)
-        self._ranges[self._kv_of(layer)] = reserved
+        self._mappings[self._kv_of(layer)] = RangeMapping(reserved)
         self._regions[layer] = KvRegion(layer, reserved.address, block_bytes)
         return self._regions[layer]
 
@@ -184,7 +186,7 @@ class MemoryPool:
         for layer in layers:
             owner = self._kv_of(layer)
             kept = chunks_for(num_blocks * self._regions[layer].block_bytes, self.chunk_bytes)
-            self._unmap_tail(owner, max(0, self._ledger.count(owner) - kept))
+            self._release_tail(owner, max(0, self._ledger.count(owner) - kept))
 
     @staticmethod
     def _kv_of(layer: int) -> Owner:
@@ -192,18 +194,38 @@ class MemoryPool:
 
     # --- all -------------------------------------------------------------------------------------
 
+    @property
+    def stale_bytes(self) -> int:
+        """What is still mapped where it may not be touched any more."""
+        return sum(mapping.num_stale for mapping in self._mappings.values()) * self.chunk_bytes
+
+    def unmap_stale(self, max_bytes: int) -> None:
+        """Take away stale mappings of up to `max_bytes`, but of one chunk at least.
+
+        Raises:
+            DeviceMemoryError: the system refused.
+        """
+        num_left = max(1, max_bytes // self.chunk_bytes)
+        for mapping in self._mappings.values():
+            num_left -= mapping.unmap_stale(num_left)
+
     def trim(self) -> None:
         """Let the system use the memory of free chunks; they stay part of the budget."""
+        self.unmap_stale(self.stale_bytes)
         for run in self._ledger.free_runs():
             self._physical.discard(run)
 
     def check_integrity(self) -> None:
-        """Raise LedgerIntegrityError unless every chunk has exactly one owner, with a range."""
+        """Raise LedgerIntegrityError unless every chunk is free or has one owner, who maps it."""
         self._ledger.check_integrity()
-        for owner, chunks in self._ledger.owners.items():
-            reserved = self._ranges.get(owner)
-            if reserved is None or len(chunks) * self.chunk_bytes > reserved.reserved_bytes:
-                raise LedgerIntegrityError(f"{owner} has chunks without addresses")
+        for owner, mapping in self._mappings.items():
+            if mapping.num_owned != self._ledger.count(owner):
+                raise LedgerIntegrityError(
+                    f"{owner} has {self._ledger.count(owner)} chunks, but {mapping.num_owned}"
+                    " are mapped as its own"
+                )
+        if missing := self._ledger.owners.keys() - self._mappings.keys():
+            raise LedgerIntegrityError(f"{missing.pop()} has chunks without addresses")
         for arena in self._arenas.values():
             count = self._ledger.count(Owner(OwnerKind.WEIGHTS, arena.name))
             if count not in (0, chunks_for(arena.nbytes, self.chunk_bytes)):
@@ -211,26 +233,21 @@ class MemoryPool:
 
     def close(self) -> None:
         """Unmap everything and give the budget back; no tensor may be touched afterwards."""
-        for reserved in self._ranges.values():
-            reserved.close()
+        for mapping in self._mappings.values():
+            mapping.range.close()
         self._physical.close()
 
     def _map_tail(self, owner: Owner, count: int) -> None:
         """Assign chunks and map them behind those that `owner` has: all of them or none."""
-        position = start = self._ledger.count(owner)
         runs = self._ledger.assign(owner, count)
         try:
-            for run in runs:
-                self._ranges[owner].map(position, run)
-                position += run.count
+            self._mappings[owner].extend(runs)
         except DeviceMemoryError:
-            if position > start:
-                self._ranges[owner].unmap(start, position - start)
             self._ledger.release_tail(owner, count)
             raise
 
-    def _unmap_tail(self, owner: Owner, count: int) -> None:
-        """Unmap the last `count` chunks of `owner` and free them."""
+    def _release_tail(self, owner: Owner, count: int) -> None:
+        """Free the last `count` chunks of `owner`; what maps them is stale from now on."""
         if count > 0:
-            self._ranges[owner].unmap(self._ledger.count(owner) - count, count)
+            self._mappings[owner].release(count)
             self._ledger.release_tail(owner, count)

@@ -29,6 +29,9 @@ from shared.layout import Span
 #: The least KV cache worth starting with: one request of this many tokens.
 _MIN_KV_TOKENS = 512
 
+#: Stale mappings that are taken away between two batches: less than a millisecond of work.
+_UNMAP_BYTES = 16 * 1024 * 1024
+
 #: Rows of logits that are in memory at once; enough to be bound by arithmetic.
 _LOGITS_ROWS = 64
 
@@ -226,6 +229,15 @@ class ModelRunner:
         others = [layer for layer in range(self.config.num_layers) if layer not in self.span]
         self.pool.shrink_kv(others, 0)
         return self.pool.grow_kv_evenly(range(self.span.start, self.span.end))
+
+    @property
+    def has_stale_mappings(self) -> bool:
+        """True while `unmap_stale` has something to do."""
+        return self.pool.stale_bytes > 0
+
+    def unmap_stale(self) -> None:
+        """Take away some of what layers and KV that are gone have left mapped."""
+        self.pool.unmap_stale(_UNMAP_BYTES)
 
     def kv_cache(self, layer: int) -> torch.Tensor:
         """KV of a layer `[max_blocks, *kv_block_shape]`; only mapped blocks may be touched."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 from services.worker.engine.request import Request
 from services.worker.identity import ModelFacts
@@ -66,7 +67,26 @@ class PrepareFailed:
     reason: str
 
 
-GroupEvent = Committed | HandedOver | Adopted | Settled | Restored | Dissolved | PrepareFailed
+class Phase(Enum):
+    """A part of a change of the layout, as this worker sees it."""
+
+    COMMIT = "commit"  # until the memory of given-up layers is usable KV
+    EXCHANGE = "exchange"  # from then until no request is left on the layout before
+    LOAD = "load"  # of missing layers, while the worker serves
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseTimed:
+    """A phase is over. `num_bytes`: weights given up, KV sent and received, weights loaded."""
+
+    phase: Phase
+    seconds: float
+    num_bytes: int
+
+
+GroupEvent = (
+    Committed | HandedOver | Adopted | Settled | Restored | Dissolved | PrepareFailed | PhaseTimed
+)
 
 #: Takes events in the engine thread.
 EventSink = Callable[[GroupEvent], None]

@@ -11,6 +11,7 @@ their group. What happens is told to the event loop as events.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from services.worker.core import EngineCore
@@ -19,7 +20,13 @@ from services.worker.engine.scheduler import Scheduler
 from services.worker.facts import model_facts
 from services.worker.links.base import DownReason, Link, LinkFrame
 from services.worker.model.runner import ModelRunner
-from services.worker.pipeline.events import Committed, GroupEvent, PrepareFailed
+from services.worker.pipeline.events import (
+    Committed,
+    GroupEvent,
+    Phase,
+    PhaseTimed,
+    PrepareFailed,
+)
 from services.worker.pipeline.leader import PipelineLeader
 from services.worker.pipeline.peers import GroupKey, GroupPeers
 from services.worker.pipeline.role import Role
@@ -79,7 +86,11 @@ class GroupMember:
             raise ValueError(f"group {key.group_id} cannot be committed now")
         prepared = self._prepared.pop(key)
         self._retire()
+        began_at, weights_before = time.perf_counter(), self._runner.pool.usage.weight_bytes
         self._serving = self._roles[key] = self._begin(prepared.peers)
+        given_up = weights_before - self._runner.pool.usage.weight_bytes
+        seconds = time.perf_counter() - began_at
+        self._events.append(PhaseTimed(Phase.COMMIT, seconds, given_up))
         self._events.append(Committed(key, model_facts(self._runner)))
         return [item for frame in prepared.frames for item in self.on_frame(frame, now)]
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from services.worker.memory.base import ChunkRun
 from services.worker.memory.errors import LedgerIntegrityError, OutOfChunksError
-from services.worker.memory.ledger import ChunkLedger, Owner, OwnerKind, coalesce
+from services.worker.memory.ledger import ChunkLedger, Owner, OwnerKind
+from services.worker.memory.runs import coalesce
 
 A = Owner(OwnerKind.WEIGHTS, "a")
 B = Owner(OwnerKind.WEIGHTS, "b")
@@ -130,3 +131,4 @@ def test_any_history_keeps_the_books_right(
     used = sum(len(chunks) for chunks in expected.values())
     assert ledger.num_free_chunks == num_chunks - used
     assert sum(run.count for run in ledger.free_runs()) == ledger.num_free_chunks
+    assert coalesce(_chunks(ledger.free_runs())) == ledger.free_runs()

@@ -142,6 +142,34 @@ def test_resident_memory_never_exceeds_the_budget_and_trimming_gives_free_chunks
     assert ctypes.string_at(model.arenas[3].address, 4) == b"\x01" * 4
 
 
+def test_chunks_change_hands_before_their_old_mapping_goes(model: Model) -> None:
+    pool = model.pool
+    pool.drop_arena("layer 0")
+    pool.drop_arena("layer 1")
+    pool.grow_kv_evenly((2,))
+    pool.check_integrity()
+    assert pool.stale_bytes == 4 * CHUNK
+    assert is_accessible(model.arenas[0].address)
+    pool.unmap_stale(3 * CHUNK)
+    assert pool.stale_bytes == CHUNK
+    pool.unmap_stale(CHUNK)
+    assert pool.stale_bytes == 0
+    assert not any(is_accessible(model.arenas[layer].address) for layer in (0, 1))
+
+
+def test_an_arena_that_returns_shows_its_new_chunks(model: Model) -> None:
+    """Its addresses still show the old ones, which are KV by now."""
+    pool = model.pool
+    pool.drop_arena("layer 0")
+    blocks = pool.grow_kv_evenly((2,))
+    _fill_block(model.regions[2], 0, 5)
+    pool.shrink_kv((2,), blocks - 2 * CHUNK // BLOCK - 1)
+    pool.restore_arena("layer 0")
+    ctypes.memset(model.arenas[0].address, 1, ARENA)
+    assert _block(model.regions[2], 0) == bytes([5]) * BLOCK
+    pool.check_integrity()
+
+
 def test_an_arena_that_does_not_fit_leaves_nothing_behind(model: Model) -> None:
     with pytest.raises(OutOfChunksError):
         model.pool.weight_arena("head", 9 * CHUNK)
@@ -267,6 +295,13 @@ class PoolMachine(RuleBasedStateMachine):
     def trim(self) -> None:
         self.model.pool.trim()
 
+    @rule(num_chunks=st.integers(0, 8))
+    def unmap_stale(self, num_chunks: int) -> None:
+        before = self.model.pool.stale_bytes
+        self.model.pool.unmap_stale(num_chunks * CHUNK)
+        unmapped = min(max(1, num_chunks) * CHUNK, before)
+        assert self.model.pool.stale_bytes == before - unmapped
+
     @staticmethod
     def _value(layer: int, block: int) -> int:
         return (layer * 50 + block) % 256
@@ -279,15 +314,21 @@ class PoolMachine(RuleBasedStateMachine):
         assert usage.weight_bytes + usage.kv_bytes + usage.free_bytes == pool.budget_bytes
         assert self.model.memory.resident_bytes <= pool.budget_bytes
         assert [region.address for region in self.model.regions] == self.addresses
+        if pool.stale_bytes == 0:
+            self._check_accessible()
+        for layer, num_blocks in self.num_blocks.items():
+            for block in range(num_blocks):
+                expected = bytes([self._value(layer, block)]) * BLOCK
+                assert _block(self.model.regions[layer], block) == expected
+
+    def _check_accessible(self) -> None:
+        """Exactly what has owners can be touched."""
+        pool = self.model.pool
         for layer, arena in enumerate(self.model.arenas):
             assert is_accessible(arena.address) == (layer not in self.dropped)
         for region in self.model.regions:
             beyond = (pool.num_kv_blocks((region.layer,)) * BLOCK // CHUNK + 1) * CHUNK
             assert beyond >= pool.budget_bytes or not is_accessible(region.address + beyond)
-        for layer, num_blocks in self.num_blocks.items():
-            for block in range(num_blocks):
-                expected = bytes([self._value(layer, block)]) * BLOCK
-                assert _block(self.model.regions[layer], block) == expected
 
     def teardown(self) -> None:
         self.model.pool.close()
