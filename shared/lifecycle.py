@@ -16,12 +16,14 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import structlog
 
 from shared.bus.base import Bus
 from shared.errors import ConfigError, KunserveError
+
+T = TypeVar("T")
 
 EXIT_CLEAN, EXIT_FAULT, EXIT_CONFIG = 0, 1, 2
 #: What cancelled background tasks get to clean up.
@@ -64,6 +66,19 @@ def stop_on_signals() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     return stop
+
+
+async def unless_stopped(stop: asyncio.Event, coroutine: Coroutine[Any, Any, T]) -> T | None:
+    """What `coroutine` returns; None, and it is cancelled, if `stop` is set before."""
+    work = asyncio.create_task(coroutine)
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        return await work if work.done() else None
+    finally:
+        for task in (work, stopped):
+            task.cancel()
+        await asyncio.gather(work, stopped, return_exceptions=True)
 
 
 async def fail_when_closed(bus: Bus) -> None:

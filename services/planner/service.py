@@ -21,12 +21,12 @@ from services.planner.settings import PlannerSettings
 from services.planner.telemetry import Telemetry
 from shared.buckets import open_acks, open_leader, open_members, open_plan
 from shared.bus.base import Bus
-from shared.bus.nats import Credentials, connect
 from shared.lifecycle import BackgroundTasks, fail_when_closed, stop_on_signals
 from shared.logging import configure_logging
 from shared.membership import Lease
 from shared.messages import PlannerInfo
 from shared.metrics import AdminServer, BusCollector, admin_app, new_registry
+from shared.service_bus import service_bus
 from shared.subjects import Subjects, planner_key
 
 
@@ -38,17 +38,10 @@ async def run(settings: PlannerSettings) -> None:
         KunserveError: NATS shut the connection for good.
     """
     configure_logging("planner", settings.planner_id, settings.log_format, settings.log_level)
-    bus = await connect(
-        settings.nats,
-        service="planner",
-        instance=settings.planner_id,
-        credentials=Credentials(settings.nats_creds, settings.nats_nkey),
-    )
     stop = stop_on_signals()
-    try:
-        await serve(bus, settings, stop)
-    finally:
-        await bus.close()
+    async with service_bus(settings, "planner", settings.planner_id, stop) as bus:
+        if bus is not None:
+            await serve(bus, settings, stop)
 
 
 async def serve(bus: Bus, settings: PlannerSettings, stop: asyncio.Event) -> None:

@@ -36,7 +36,6 @@ from services.router.tokenizer import ModelTokenizer, load_tokenizer
 from services.router.watchdog import Watchdog
 from shared.buckets import open_members, open_plan
 from shared.bus.base import Bus, KeyValue
-from shared.bus.nats import Credentials, connect
 from shared.cache_dir import default_cache_dir
 from shared.errors import ConfigError
 from shared.lifecycle import BackgroundTasks, fail_when_closed, stop_on_signals
@@ -45,6 +44,7 @@ from shared.membership import Lease, MemberView
 from shared.messages import RouterInfo
 from shared.metrics import BusCollector, new_registry
 from shared.models import resolve_tokenizer
+from shared.service_bus import service_bus
 from shared.subjects import Subjects, router_key
 
 #: Time open connections get to close after the last answer.
@@ -65,16 +65,9 @@ async def run(settings: RouterSettings) -> None:
     # Vocabulary and modules live for ever: a full collection need not walk them under load.
     gc.collect()
     gc.freeze()
-    bus = await connect(
-        settings.nats,
-        service="router",
-        instance=settings.router_id,
-        credentials=Credentials(settings.nats_creds, settings.nats_nkey),
-    )
-    try:
-        await RouterService(settings, bus, tokenizer).run(stop)
-    finally:
-        await bus.close()
+    async with service_bus(settings, "router", settings.router_id, stop) as bus:
+        if bus is not None:
+            await RouterService(settings, bus, tokenizer).run(stop)
 
 
 def served_name(settings: RouterSettings) -> str:

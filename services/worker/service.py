@@ -35,12 +35,12 @@ from services.worker.settings import Device, WorkerSettings
 from services.worker.streams import StreamTable
 from shared.buckets import open_members
 from shared.bus.base import Bus
-from shared.bus.nats import Credentials, connect
 from shared.lifecycle import BackgroundTasks, fail_when_closed, stop_on_signals
 from shared.logging import configure_logging
 from shared.membership import Lease, MemberEvent, MemberEventKind, MemberView
 from shared.messages import RouterInfo, WorkerInfo, WorkerState
 from shared.metrics import AdminServer, BusCollector, admin_app
+from shared.service_bus import service_bus
 from shared.subjects import Subjects, worker_key
 
 #: How often finished streams are forgotten.
@@ -59,16 +59,9 @@ async def run(settings: WorkerSettings) -> None:
     """
     configure_logging("worker", settings.worker_id, settings.log_format, settings.log_level)
     stop = stop_on_signals()
-    bus = await connect(
-        settings.nats,
-        service="worker",
-        instance=settings.worker_id,
-        credentials=Credentials(settings.nats_creds, settings.nats_nkey),
-    )
-    try:
-        await WorkerService(settings, bus).run(stop)
-    finally:
-        await bus.close()
+    async with service_bus(settings, "worker", settings.worker_id, stop) as bus:
+        if bus is not None:
+            await WorkerService(settings, bus).run(stop)
 
 
 class WorkerService:

@@ -105,9 +105,13 @@ class NatsBus:
         where = url.netloc.rpartition("@")[2]
         connecting = asyncio.ensure_future(self._client.connect(**self._options(url, credentials)))
         outcomes: set[asyncio.Future[Any]] = {connecting, self._refusal}
-        await asyncio.wait(
-            outcomes, timeout=connect_timeout_seconds, return_when=asyncio.FIRST_COMPLETED
-        )
+        try:
+            await asyncio.wait(
+                outcomes, timeout=connect_timeout_seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+        except asyncio.CancelledError:
+            await self._give_up(connecting)
+            raise
         if not connecting.done():
             await self._give_up(connecting)
             if self._refusal.done():

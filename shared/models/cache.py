@@ -11,17 +11,13 @@ builds it under a file lock, the others wait for the lock and then find it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
+from shared.file_lock import file_lock
 from shared.models.errors import ModelSourceError
-
-_LOCK_POLL_SECONDS = 0.1
 
 
 def build_once(entry: Path, build: Callable[[Path], None], *, deadline_seconds: float) -> Path:
@@ -34,9 +30,13 @@ def build_once(entry: Path, build: Callable[[Path], None], *, deadline_seconds: 
         if entry.is_dir():
             return entry
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(entry.parent / f".{entry.name}.lock", deadline_seconds):
+        with file_lock(entry.parent / f".{entry.name}.lock", deadline_seconds):
             if not entry.is_dir():
                 _build(entry, build)
+    except TimeoutError as error:
+        raise ModelSourceError(
+            f"{error} while converting the model; look at that process, then start again"
+        ) from error
     except OSError as error:
         raise ModelSourceError(_describe(error, entry)) from error
     return entry
@@ -57,25 +57,6 @@ def _build(entry: Path, build: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-@contextmanager
-def _locked(path: Path, deadline_seconds: float) -> Iterator[None]:
-    """Holds an exclusive `flock` on `path`; the kernel drops it when the process dies."""
-    deadline = time.monotonic() + deadline_seconds
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    raise ModelSourceError(
-                        f"another process has held {path} for {deadline_seconds:.0f} s while"
-                        " converting the model; look at that process, then start again"
-                    ) from error
-                time.sleep(_LOCK_POLL_SECONDS)
-        yield
 
 
 def _fsync(path: Path) -> None:

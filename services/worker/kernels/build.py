@@ -7,8 +7,10 @@ one (gcc or clang). The code is compiled for exactly this CPU, so the cache key 
     <cache_dir>/kernels-<hash of sources, flags, compiler version, CPU features>.so
     <cache_dir>/kernels-<hash>.log      what the compiler said, kept when it failed
 
-A build happens in a private directory and ends with a rename, so any number of processes may
-start at once: each finds either no file or a whole one.
+    <cache_dir>/kernels-<hash>.lock     held while one process builds; others wait for it
+
+A build happens in a private directory and ends with a rename, so whoever looks finds either no
+file or a whole one.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import KunserveError
+from shared.file_lock import file_lock
 
 SOURCE_DIR = Path(__file__).parent / "src"
 _COMPILER_DEADLINE_SECONDS = 180.0
@@ -103,14 +106,22 @@ def build_library(compiler: Compiler, cache_dir: Path) -> Path:
         return library
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        work_dir = Path(tempfile.mkdtemp(prefix=f"build-{key}-", dir=cache_dir))
+        with file_lock(library.with_suffix(".lock"), 2 * _COMPILER_DEADLINE_SECONDS):
+            if not library.exists():
+                _build(compiler, library)
+    except TimeoutError as error:
+        raise KernelBuildError(f"{error} while compiling the CPU kernels; look at it") from error
     except OSError as error:
         raise KernelBuildError(f"cannot write the kernel cache {cache_dir}: {error}") from error
+    return library
+
+
+def _build(compiler: Compiler, library: Path) -> None:
+    work_dir = Path(tempfile.mkdtemp(prefix=f"{library.stem}-", dir=library.parent))
     try:
         _compile(compiler, work_dir, library)
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
-    return library
 
 
 def _compile(compiler: Compiler, work_dir: Path, library: Path) -> None:

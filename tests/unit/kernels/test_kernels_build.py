@@ -37,7 +37,8 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     for process in processes:
         process.join(DEADLINE_SECONDS)
     assert [process.exitcode for process in processes] == [0, 0]
-    (library,) = (tmp_path / "cache").iterdir()
+    (library,) = (tmp_path / "cache").glob("*.so")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     made = library.stat().st_mtime_ns
     build(tmp_path / "cache")
     assert library.stat().st_mtime_ns == made
@@ -73,6 +74,25 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
     (tmp_path / "kernels.so").write_text("not an object")
     with pytest.raises(KernelBuildError, match="cannot be loaded"):
         CpuKernels(1, library=tmp_path / "kernels.so")
+
+
+def test_processes_that_start_at_once_compile_once(tmp_path: Path) -> None:
+    script, compiled = tmp_path / "cc", tmp_path / "compiled"
+    script.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho >>{compiled}\n'
+        'for last in "$@"; do :; done\ntouch "$last"\n'
+    )
+    script.chmod(0o755)
+    compiler = Compiler((str(script),), ())
+    context = multiprocessing.get_context("spawn")
+    arguments = (compiler, tmp_path / "cache")
+    processes = [context.Process(target=build_library, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(DEADLINE_SECONDS)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert compiled.read_text().count("\n") == 1
 
 
 def test_a_new_version_of_the_compiler_makes_another_library(tmp_path: Path) -> None:

@@ -11,7 +11,13 @@ import pytest
 
 from shared.bus.memory import MemoryBus, MemoryServer
 from shared.errors import ConfigError, KunserveError
-from shared.lifecycle import BackgroundTasks, fail_when_closed, run_service, stop_on_signals
+from shared.lifecycle import (
+    BackgroundTasks,
+    fail_when_closed,
+    run_service,
+    stop_on_signals,
+    unless_stopped,
+)
 
 
 @pytest.mark.parametrize(
@@ -141,3 +147,34 @@ async def test_the_second_signal_ends_the_process_at_once() -> None:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+
+async def test_work_that_ends_before_the_stop_gives_its_result() -> None:
+    async def work() -> int:
+        return 7
+
+    assert await unless_stopped(asyncio.Event(), work()) == 7
+
+
+async def test_work_that_fails_before_the_stop_raises() -> None:
+    async def work() -> int:
+        raise ConfigError("it cannot work")
+
+    with pytest.raises(ConfigError):
+        await unless_stopped(asyncio.Event(), work())
+
+
+async def test_a_stop_cancels_the_work() -> None:
+    stop, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def work() -> int:
+        stop.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return 7
+
+    assert await unless_stopped(stop, work()) is None
+    assert cancelled.is_set()
