@@ -1,20 +1,23 @@
 """Metrics of one process and the admin endpoints that show them.
 
 Every process has a registry of its own (no global one). Handlers read what is cached and never
-wait for the bus or the device, so a service in trouble still answers.
+wait for the bus or the device, so a service in trouble still answers; only probes ask, with a
+deadline.
 
     GET /live          the event loop turns
     GET /ready         200, or 503 with the reasons
     GET /metrics       Prometheus text
     GET /debug/state   what the service believes, as JSON
+    GET /debug/NAME    what a part of it answers when it is asked, as JSON
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -27,6 +30,8 @@ from shared.errors import ConfigError
 Readiness = Callable[[], Sequence[str]]
 #: A JSON-serialisable picture of the service.
 State = Callable[[], Mapping[str, Any]]
+#: Asks a part of the service for a picture of itself; TimeoutError if it does not answer.
+Probe = Callable[[], Awaitable[Mapping[str, Any]]]
 
 SHUTDOWN_TIMEOUT_SECONDS = 1.0
 
@@ -70,8 +75,13 @@ def render(registry: CollectorRegistry) -> web.Response:
     )
 
 
-def admin_app(registry: CollectorRegistry, readiness: Readiness, state: State) -> web.Application:
-    """The admin endpoints."""
+def admin_app(
+    registry: CollectorRegistry,
+    readiness: Readiness,
+    state: State,
+    probes: Mapping[str, Probe] | None = None,
+) -> web.Application:
+    """The admin endpoints; each of `probes` is /debug/ and its name."""
 
     async def live(request: web.Request) -> web.Response:
         return web.json_response({"live": True})
@@ -93,7 +103,20 @@ def admin_app(registry: CollectorRegistry, readiness: Readiness, state: State) -
     app.router.add_get("/ready", ready)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/debug/state", debug_state)
+    for name, probe in (probes or {}).items():
+        app.router.add_get(f"/debug/{name}", _probe_handler(name, probe))
     return app
+
+
+def _probe_handler(name: str, probe: Probe) -> Handler:
+    async def handle(request: web.Request) -> web.Response:
+        try:
+            return web.json_response(await probe())
+        except TimeoutError:
+            reason = f"{name} does not answer: it is busy, or ended"
+            return web.json_response({"error": reason}, status=503)
+
+    return handle
 
 
 class AdminServer:

@@ -27,6 +27,7 @@ from services.worker.core import EngineCore
 from services.worker.engine.outputs import SchedulerLoad
 from services.worker.engine.request import KvKey, Request
 from services.worker.identity import ModelFacts
+from services.worker.inspection import EngineInspection
 from services.worker.links.base import DownReason, Link, LinkFrame
 from services.worker.pipeline.events import GroupEvent
 from services.worker.pipeline.member import GroupMember
@@ -120,6 +121,13 @@ class LinkDown:
 
 
 @dataclass(frozen=True, slots=True)
+class Inspect:
+    """Say what the engine holds."""
+
+    reply: Future[EngineInspection]
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Leave the thread; unfinished requests are abandoned."""
 
@@ -127,7 +135,7 @@ class Stop:
 RestoreCommand = PrepareRestore | UndoRestore | CommitRestore
 LinkNews = FrameReceived | LinkDown
 GroupCommand = PrepareGroup | AbandonGroup | CommitGroup | ReleaseKv | RestoreCommand | LinkNews
-Command = Add | Cancel | Drain | Stop | GroupCommand
+Command = Add | Cancel | Drain | Inspect | Stop | GroupCommand
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +197,13 @@ class EngineThread:
         await asyncio.to_thread(self._thread.join, timeout_seconds)
         if self._thread.is_alive():
             self._log.error("the engine thread does not end", waited_seconds=timeout_seconds)
+
+    async def inspect(self, timeout_seconds: float) -> EngineInspection:
+        """What the engine holds between two batches; TimeoutError if it does not come to one."""
+        reply: Future[EngineInspection] = Future()
+        self.submit(Inspect(reply))
+        async with asyncio.timeout(timeout_seconds):
+            return await asyncio.wrap_future(reply)
 
     def submit(self, command: Command) -> None:
         """Hand over a command; applied before the next batch, in order."""
@@ -274,6 +289,9 @@ def _apply(core: EngineCore, member: GroupMember, command: Command) -> list[Toke
             member.release(keys)
         case LinkDown(link, reason):
             member.on_down(link, reason)
+        case Inspect(reply):
+            if reply.set_running_or_notify_cancel():
+                reply.set_result(member.inspect())
         case Drain():
             core.drain()
     return []

@@ -21,6 +21,7 @@ from services.worker.links.config import LinkConfig
 from services.worker.links.context import EndpointAddress, LinkContext, LinkHandlers
 from services.worker.links.endpoint import LinkEndpoint
 from services.worker.links.host import host_id
+from services.worker.links.totals import LinkTotals
 from services.worker.member_state import Placement
 from services.worker.pipeline.events import (
     Adopted,
@@ -53,6 +54,7 @@ class GroupService:
         engine: EngineThread,
         streams: StreamTable,
         placement: Placement,
+        link_totals: LinkTotals,
         *,
         on_change: Callable[[ModelFacts | None], None],
     ) -> None:
@@ -66,6 +68,7 @@ class GroupService:
         self._subjects = Subjects(settings.deployment)
         self._streams = streams
         self._placement = placement
+        self._link_totals = link_totals
         self._engine = engine
         self._on_change = on_change
         self._transition = Transition(settings.worker_id, placement, engine, self._on_transition)
@@ -168,4 +171,5 @@ class GroupService:
                 on_down=lambda link, reason: engine.submit(LinkDown(link, reason)),
             ),
             current=lambda: transition.committed,
+            totals=self._link_totals,
         )

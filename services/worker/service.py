@@ -27,6 +27,7 @@ from services.worker.engine_thread import EngineReport, EngineThread
 from services.worker.group_service import GroupService
 from services.worker.identity import Identity, ModelFacts
 from services.worker.intake import Intake
+from services.worker.links.totals import LinkTotals
 from services.worker.load_reporter import LoadReporter
 from services.worker.member_state import Placement
 from services.worker.metrics import WorkerMetrics
@@ -47,6 +48,8 @@ from shared.subjects import Subjects, worker_key
 _HOUSEKEEPING_SECONDS = 5.0
 #: After an outage of the bus a router may be slower to come back than the worker.
 _RECONNECT_GRACE_SECONDS = 3.0
+#: How long a look into the engine may take: a long batch has to end first.
+_INSPECT_SECONDS = 5.0
 #: How long the engine thread gets to finish its step at the end.
 _ENGINE_STOP_SECONDS = 30.0
 
@@ -75,7 +78,8 @@ class WorkerService:
         self._state = WorkerState.STARTING
         self._placement = Placement()
         self._streams = StreamTable()
-        self._metrics = WorkerMetrics(BusCollector(bus))
+        self._link_totals = LinkTotals()
+        self._metrics = WorkerMetrics(BusCollector(bus), self._link_totals)
         self._reports: asyncio.Queue[EngineReport] = asyncio.Queue()
         self._idle = asyncio.Event()
         self._disconnects_seen = bus.stats.disconnects
@@ -124,6 +128,7 @@ class WorkerService:
             engine,
             self._streams,
             self._placement,
+            self._link_totals,
             on_change=self._on_groups_changed,
         )
         view.subscribe(self._on_member)
@@ -177,7 +182,12 @@ class WorkerService:
     async def _start_admin(self) -> AdminServer | None:
         if self._settings.admin_port is None:
             return None
-        app = admin_app(self._metrics.registry, self._unready_reasons, self._debug_state)
+        app = admin_app(
+            self._metrics.registry,
+            self._unready_reasons,
+            self._debug_state,
+            {"engine": self._inspect_engine},
+        )
         server = AdminServer(app, self._settings.admin_host, self._settings.admin_port)
         await server.start()
         self._log.info("admin endpoints", host=self._settings.admin_host, port=server.port)
@@ -275,6 +285,9 @@ class WorkerService:
         elif not self._placement.group_id:
             reasons.append("no plan places this worker in a group")
         return reasons
+
+    async def _inspect_engine(self) -> dict[str, object]:
+        return asdict(await self._engine.inspect(_INSPECT_SECONDS))
 
     def _debug_state(self) -> dict[str, object]:
         return {

@@ -66,6 +66,11 @@ class GroupBlocks:
         """Free blocks of the stage of `route` that has the fewest."""
         return min(self.num_free(worker_id) for worker_id in route.worker_ids)
 
+    @property
+    def num_local_used(self) -> int:
+        """Blocks of this worker in use, by own requests or by those of other leaders."""
+        return self._local.num_used_blocks
+
     def num_held(self, request: Request, worker_id: WorkerId) -> int:
         """Blocks that `request` has on a worker."""
         if worker_id == self._worker_id:

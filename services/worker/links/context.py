@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -13,6 +13,7 @@ from services.worker.links.config import LinkConfig
 from services.worker.links.handshake import DIFFERENT_HOSTS
 from services.worker.links.link import StreamLink
 from services.worker.links.stream import ByteStream
+from services.worker.links.totals import LinkTotals
 from shared.bus.base import Bus
 from shared.subjects import Subjects
 
@@ -64,6 +65,7 @@ class LinkContext:
 
     Args:
         current: the (term, epoch) the worker is at; offers of older plans are refused.
+        totals: counts what all of them carry.
     """
 
     worker_id: str
@@ -73,6 +75,7 @@ class LinkContext:
     config: LinkConfig
     handlers: LinkHandlers
     current: Callable[[], tuple[int, int]]
+    totals: LinkTotals = field(default_factory=LinkTotals)
 
 
 def make_link(
@@ -83,4 +86,6 @@ def make_link(
     say = log.info if fallback in ("", DIFFERENT_HOSTS) else log.warning
     say("link.up", transport=stream.transport.value, epoch=peer.epoch, fallback=fallback)
     handlers = context.handlers
-    return StreamLink(stream, peer, context.config, handlers.on_frame, handlers.on_down, fallback)
+    link = StreamLink(stream, peer, context.config, handlers.on_frame, handlers.on_down, fallback)
+    context.totals.add(link)
+    return link

@@ -18,6 +18,7 @@ from services.worker.core import EngineCore
 from services.worker.engine.request import KvKey
 from services.worker.engine.scheduler import Scheduler
 from services.worker.facts import model_facts
+from services.worker.inspection import EngineInspection, inspect_engine
 from services.worker.links.base import DownReason, Link, LinkFrame
 from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.events import (
@@ -181,6 +182,10 @@ class GroupMember:
         """Free what requests hold here that nobody wanted any more when they were handed over."""
         if isinstance(self._serving, FollowerStage):
             self._serving.release_unwanted(keys)
+
+    def inspect(self) -> EngineInspection:
+        """What the engine holds, and whether its books agree."""
+        return inspect_engine(self._scheduler, self._runner)
 
     def take_events(self) -> tuple[GroupEvent, ...]:
         """What happened since the last call."""

@@ -56,6 +56,26 @@ async def test_metrics_show_the_registry_the_process_and_the_bus() -> None:
         assert "kunserve_nats_disconnects_total 1.0" in text
 
 
+async def test_a_probe_asks_and_says_when_nobody_answers() -> None:
+    async def answer() -> dict[str, int]:
+        return {"blocks": 3}
+
+    async def silence() -> dict[str, int]:
+        raise TimeoutError
+
+    probes = {"engine": answer, "deaf": silence}
+    server = AdminServer(admin_app(new_registry(), list, dict, probes), "127.0.0.1", 0)
+    await server.start()
+    try:
+        url = f"http://127.0.0.1:{server.port}/debug"
+        assert await get(f"{url}/engine") == (200, '{"blocks": 3}')
+        status, text = await get(f"{url}/deaf")
+        assert status == 503
+        assert "deaf does not answer" in text
+    finally:
+        await server.stop()
+
+
 async def test_a_taken_port_is_a_configuration_error() -> None:
     async with admin([]) as (url, _):
         port = int(url.rsplit(":", 1)[1])
