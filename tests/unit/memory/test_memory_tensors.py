@@ -39,6 +39,17 @@ def test_a_tensor_is_good_again_after_drop_and_restore(pool: MemoryPool) -> None
     assert weights.sum().item() == 2.0 * (CHUNK // 4)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
+)
+def test_every_type_is_what_torch_would_read_there(pool: MemoryPool, dtype: torch.dtype) -> None:
+    arena = pool.weight_arena("layer 0", CHUNK)
+    bytes_there = tensor_at(arena.address, (48,), torch.uint8)
+    bytes_there.copy_(torch.arange(48, dtype=torch.uint8))
+    expected = bytes_there.clone().view(dtype)
+    assert torch.equal(tensor_at(arena.address, (len(expected),), dtype), expected)
+
+
 def test_other_types(pool: MemoryPool) -> None:
     arena = pool.weight_arena("layer 0", CHUNK)
     tensor_at(arena.address, (4,), torch.int32).copy_(torch.tensor([1, 0, 0, 0]))
