@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -64,6 +65,22 @@ def _default_logging() -> Iterator[None]:
     """A service that a test ran in this process set up logging to the stream of that test."""
     yield
     structlog.reset_defaults()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none."""
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if needing and not _has_cuda_device():
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
+def _has_cuda_device() -> bool:
+    """Ask the driver, without torch, whose import takes seconds that few runs need."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
+    except OSError:
+        return False
 
 
 @pytest.fixture

@@ -7,14 +7,19 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import pytest
 
 from services.worker.memory.base import ChunkRun, PhysicalMemory
 from services.worker.memory.cpu import CpuMemory
+from services.worker.memory.cuda import CudaMemory
+from services.worker.memory.cuda_driver import CudaDriver
 from services.worker.memory.errors import DeviceMemoryError, DeviceMemoryTooSmallError
+from services.worker.memory.pool import MemoryPool
 from shared.errors import ConfigError
+from tests.fake_cuda import FakeCudaDriver
 from tests.memory_access import is_accessible
 
 CHUNK = 64 * 1024
@@ -23,6 +28,9 @@ NUM_CHUNKS = 8
 
 class Device(Protocol):
     """How the suite makes a budget of a device and looks at its memory."""
+
+    @property
+    def chunk_bytes(self) -> int: ...
 
     def make(self, num_chunks: int) -> PhysicalMemory: ...
 
@@ -37,6 +45,8 @@ class Device(Protocol):
 class CpuDevice:
     """The process's own memory."""
 
+    chunk_bytes: int = CHUNK
+
     def make(self, num_chunks: int) -> PhysicalMemory:
         return CpuMemory(num_chunks * CHUNK, CHUNK)
 
@@ -50,7 +60,38 @@ class CpuDevice:
         return is_accessible(address)
 
 
-DEVICES: tuple[Device, ...] = (CpuDevice(),)
+class FakeCudaDevice(CpuDevice):
+    """What a CUDA worker uses, on a driver that keeps everything in the process's own memory."""
+
+    def make(self, num_chunks: int) -> PhysicalMemory:
+        return CudaMemory(FakeCudaDriver(CHUNK), num_chunks * CHUNK, CHUNK)
+
+
+class CudaDevice:
+    """A real device's memory."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self._driver.granularity_bytes
+
+    def make(self, num_chunks: int) -> PhysicalMemory:
+        return CudaMemory(self._driver, num_chunks * self.chunk_bytes, self.chunk_bytes)
+
+    def write(self, address: int, data: bytes) -> None:
+        self._driver.write(address, data)
+
+    def read(self, address: int, nbytes: int) -> bytes:
+        return self._driver.read(address, nbytes)
+
+    def is_accessible(self, address: int) -> bool:
+        return self._driver.is_accessible(address)
+
+    @cached_property
+    def _driver(self) -> CudaDriver:
+        return CudaDriver(0)
+
+
+DEVICES = (CpuDevice(), FakeCudaDevice(), pytest.param(CudaDevice(), marks=pytest.mark.gpu))
 
 
 @pytest.fixture(params=DEVICES, ids=lambda device: type(device).__name__)
@@ -66,15 +107,16 @@ def memory(device: Device) -> Iterator[PhysicalMemory]:
     budget.close()
 
 
-def test_the_budget_is_what_was_asked_for(memory: PhysicalMemory) -> None:
-    assert (memory.chunk_bytes, memory.num_chunks) == (CHUNK, NUM_CHUNKS)
+def test_the_budget_is_what_was_asked_for(device: Device, memory: PhysicalMemory) -> None:
+    assert (memory.chunk_bytes, memory.num_chunks) == (device.chunk_bytes, NUM_CHUNKS)
 
 
 def test_a_reservation_is_rounded_up_and_not_accessible(
     device: Device, memory: PhysicalMemory
 ) -> None:
-    reserved = memory.reserve(CHUNK + 1)
-    assert reserved.reserved_bytes == 2 * CHUNK
+    chunk = memory.chunk_bytes
+    reserved = memory.reserve(chunk + 1)
+    assert reserved.reserved_bytes == 2 * chunk
     assert not device.is_accessible(reserved.address)
     reserved.close()
 
@@ -89,24 +131,26 @@ def test_ranges_far_larger_than_the_budget_can_be_reserved(memory: PhysicalMemor
 
 
 def test_exactly_the_mapped_part_is_accessible(device: Device, memory: PhysicalMemory) -> None:
-    reserved = memory.reserve(4 * CHUNK)
+    chunk = memory.chunk_bytes
+    reserved = memory.reserve(4 * chunk)
     reserved.map(1, ChunkRun(0, 2))
-    inside = [device.is_accessible(reserved.address + i * CHUNK) for i in range(4)]
+    inside = [device.is_accessible(reserved.address + i * chunk) for i in range(4)]
     assert inside == [False, True, True, False]
     reserved.unmap(1, 1)
-    inside = [device.is_accessible(reserved.address + i * CHUNK) for i in range(4)]
+    inside = [device.is_accessible(reserved.address + i * chunk) for i in range(4)]
     assert inside == [False, False, True, False]
     reserved.close()
 
 
 def test_chunks_keep_their_bytes_when_they_move(device: Device, memory: PhysicalMemory) -> None:
-    weights, kv = memory.reserve(2 * CHUNK), memory.reserve(4 * CHUNK)
+    chunk = memory.chunk_bytes
+    weights, kv = memory.reserve(2 * chunk), memory.reserve(4 * chunk)
     weights.map(0, ChunkRun(2, 2))
-    device.write(weights.address, b"a" * CHUNK + b"b" * CHUNK)
+    device.write(weights.address, b"a" * chunk + b"b" * chunk)
     weights.unmap(0, 2)
     kv.map(1, ChunkRun(3, 1))
     kv.map(2, ChunkRun(2, 1))
-    assert device.read(kv.address + CHUNK, 2 * CHUNK) == b"b" * CHUNK + b"a" * CHUNK
+    assert device.read(kv.address + chunk, 2 * chunk) == b"b" * chunk + b"a" * chunk
     kv.close()
     weights.close()
 
@@ -114,19 +158,21 @@ def test_chunks_keep_their_bytes_when_they_move(device: Device, memory: Physical
 def test_a_range_grows_without_touching_what_is_there(
     device: Device, memory: PhysicalMemory
 ) -> None:
-    reserved = memory.reserve(NUM_CHUNKS * CHUNK)
+    chunk = memory.chunk_bytes
+    reserved = memory.reserve(NUM_CHUNKS * chunk)
     address = reserved.address
     reserved.map(0, ChunkRun(6, 2))
-    device.write(address, b"x" * 2 * CHUNK)
+    device.write(address, b"x" * 2 * chunk)
     reserved.map(2, ChunkRun(0, 6))
-    device.write(address + 2 * CHUNK, b"y" * 6 * CHUNK)
+    device.write(address + 2 * chunk, b"y" * 6 * chunk)
     assert reserved.address == address
-    assert device.read(address, NUM_CHUNKS * CHUNK) == b"x" * 2 * CHUNK + b"y" * 6 * CHUNK
+    assert device.read(address, NUM_CHUNKS * chunk) == b"x" * 2 * chunk + b"y" * 6 * chunk
     reserved.close()
 
 
 def test_unmapping_what_is_not_mapped_is_harmless(device: Device, memory: PhysicalMemory) -> None:
-    reserved = memory.reserve(2 * CHUNK)
+    chunk = memory.chunk_bytes
+    reserved = memory.reserve(2 * chunk)
     reserved.unmap(0, 2)
     reserved.map(0, ChunkRun(0, 1))
     reserved.unmap(0, 2)
@@ -135,14 +181,15 @@ def test_unmapping_what_is_not_mapped_is_harmless(device: Device, memory: Physic
 
 
 def test_discarded_chunks_can_be_used_again(device: Device, memory: PhysicalMemory) -> None:
-    reserved = memory.reserve(CHUNK)
+    chunk = memory.chunk_bytes
+    reserved = memory.reserve(chunk)
     reserved.map(0, ChunkRun(5, 1))
-    device.write(reserved.address, b"z" * CHUNK)
+    device.write(reserved.address, b"z" * chunk)
     reserved.unmap(0, 1)
     memory.discard(ChunkRun(5, 1))
     reserved.map(0, ChunkRun(5, 1))
-    device.write(reserved.address, b"w" * CHUNK)
-    assert device.read(reserved.address, CHUNK) == b"w" * CHUNK
+    device.write(reserved.address, b"w" * chunk)
+    assert device.read(reserved.address, chunk) == b"w" * chunk
     reserved.close()
 
 
@@ -150,7 +197,8 @@ def test_discarded_chunks_can_be_used_again(device: Device, memory: PhysicalMemo
 def test_mapping_outside_the_range_is_refused(
     memory: PhysicalMemory, position: int, count: int
 ) -> None:
-    reserved = memory.reserve(2 * CHUNK)
+    chunk = memory.chunk_bytes
+    reserved = memory.reserve(2 * chunk)
     with pytest.raises(ValueError, match="not within a range"):
         reserved.map(position, ChunkRun(0, count))
     with pytest.raises(ValueError, match="not within a range"):
@@ -159,7 +207,8 @@ def test_mapping_outside_the_range_is_refused(
 
 
 def test_a_closed_range_is_not_mapped_again(memory: PhysicalMemory) -> None:
-    reserved = memory.reserve(CHUNK)
+    chunk = memory.chunk_bytes
+    reserved = memory.reserve(chunk)
     reserved.close()
     reserved.close()
     with pytest.raises(ValueError, match="closed"):
@@ -208,3 +257,85 @@ class TestCpu:
         memory.close()
         memory.close()
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+class TestCuda:
+    """What only the budget of a CUDA device promises; on the fake driver."""
+
+    def test_a_run_of_chunks_becomes_accessible_and_goes_in_one_call(self) -> None:
+        driver = FakeCudaDriver(CHUNK)
+        memory = CudaMemory(driver, NUM_CHUNKS * CHUNK, CHUNK)
+        reserved = memory.reserve(NUM_CHUNKS * CHUNK)
+        reserved.map(0, ChunkRun(0, NUM_CHUNKS))
+        reserved.unmap(0, NUM_CHUNKS)
+        assert (driver.calls["map"], driver.calls["set_access"]) == (NUM_CHUNKS, 1)
+        assert driver.calls["unmap"] == 1
+        reserved.close()
+        memory.close()
+
+    def test_nothing_is_unmapped_before_the_device_is_done(self) -> None:
+        driver = FakeCudaDriver(CHUNK)
+        memory = CudaMemory(driver, CHUNK, CHUNK)
+        reserved = memory.reserve(CHUNK)
+        reserved.map(0, ChunkRun(0, 1))
+        driver.fail("synchronize")
+        with pytest.raises(DeviceMemoryError):
+            reserved.unmap(0, 1)
+        assert len(driver.mappings) == 1
+        reserved.close()
+        memory.close()
+
+    @pytest.mark.parametrize(("name", "after"), [("map", 0), ("map", 2), ("set_access", 0)])
+    def test_a_refused_mapping_leaves_nothing_mapped(self, name: str, after: int) -> None:
+        driver = FakeCudaDriver(CHUNK)
+        memory = CudaMemory(driver, NUM_CHUNKS * CHUNK, CHUNK)
+        reserved = memory.reserve(NUM_CHUNKS * CHUNK)
+        driver.fail(name, after)
+        with pytest.raises(DeviceMemoryError):
+            reserved.map(1, ChunkRun(0, 4))
+        assert driver.mappings == {}
+        reserved.map(1, ChunkRun(0, 4))
+        reserved.close()
+        memory.close()
+
+    def test_a_device_with_too_little_memory_is_a_typed_error_and_keeps_none(self) -> None:
+        driver = FakeCudaDriver(CHUNK)
+        driver.fail("create", after=3)
+        with pytest.raises(DeviceMemoryError, match=f"has {3 * CHUNK} bytes of memory left"):
+            CudaMemory(driver, NUM_CHUNKS * CHUNK, CHUNK)
+        assert driver.handles == {}
+
+    def test_a_chunk_that_is_not_made_of_the_device_s_pages_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="no multiple"):
+            CudaMemory(FakeCudaDriver(CHUNK), 1 << 20, CHUNK + 4096)
+
+    def test_a_budget_below_one_chunk_is_refused(self) -> None:
+        with pytest.raises(DeviceMemoryTooSmallError, match="less than a chunk"):
+            CudaMemory(FakeCudaDriver(CHUNK), CHUNK - 1, CHUNK)
+
+    def test_closing_gives_everything_back(self) -> None:
+        driver = FakeCudaDriver(CHUNK)
+        memory = CudaMemory(driver, NUM_CHUNKS * CHUNK, CHUNK)
+        reserved = memory.reserve(NUM_CHUNKS * CHUNK)
+        reserved.map(2, ChunkRun(3, 2))
+        reserved.close()
+        memory.close()
+        memory.close()
+        assert (driver.handles, driver.reservations, driver.mappings) == ({}, {}, {})
+
+    @pytest.mark.parametrize("name", ["map", "set_access"])
+    def test_a_drop_that_the_driver_refuses_changes_nothing(self, name: str) -> None:
+        driver = FakeCudaDriver(CHUNK)
+        pool = MemoryPool(CudaMemory(driver, NUM_CHUNKS * CHUNK, CHUNK))
+        pool.weight_arena("layer.0", 2 * CHUNK)
+        pool.kv_region(1, CHUNK // 4)
+        pool.grow_kv_evenly([1])
+        blocks, mappings = pool.num_kv_blocks([1]), dict(driver.mappings)
+        pool.drop_arena("layer.0")
+        driver.fail(name)
+        with pytest.raises(DeviceMemoryError):
+            pool.grow_kv_evenly([1])
+        pool.restore_arena("layer.0")
+        assert (pool.num_kv_blocks([1]), driver.mappings) == (blocks, mappings)
+        pool.check_integrity()
+        pool.close()

@@ -5,9 +5,9 @@
     range A    [ chunk 0 | reserved | reserved )
     range B    [ chunk 1 | reserved | reserved )                   addresses never move
 
-CPU: pages of one memfd (`cpu.py`). CUDA: `cuMemCreate` handles, mapped with `cuMemMap` and
-`cuMemSetAccess`. Chunks are mapped whole; neighbouring chunks that go to neighbouring addresses
-are one call. Implementations do no bookkeeping of owners; that is the ledger's part.
+CPU: pages of one memfd (`cpu.py`). CUDA: `cuMemCreate` handles (`cuda.py`). Chunks are mapped
+whole; neighbouring chunks that go to neighbouring addresses are one call. Implementations do no
+bookkeeping of owners; that is the ledger's part.
 """
 
 from __future__ import annotations
