@@ -155,6 +155,18 @@ def test_chunks_keep_their_bytes_when_they_move(device: Device, memory: Physical
     weights.close()
 
 
+def test_a_chunk_may_be_mapped_at_two_places(device: Device, memory: PhysicalMemory) -> None:
+    chunk = memory.chunk_bytes
+    weights, kv = memory.reserve(chunk), memory.reserve(chunk)
+    weights.map(0, ChunkRun(1, 1))
+    kv.map(0, ChunkRun(1, 1))
+    device.write(weights.address, b"s" * chunk)
+    weights.unmap(0, 1)
+    assert device.read(kv.address, chunk) == b"s" * chunk
+    kv.close()
+    weights.close()
+
+
 def test_a_range_grows_without_touching_what_is_there(
     device: Device, memory: PhysicalMemory
 ) -> None:

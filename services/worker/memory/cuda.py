@@ -21,7 +21,7 @@ from typing import Protocol
 
 from services.worker.memory.base import ChunkRun, VirtualRange
 from services.worker.memory.errors import DeviceMemoryError, DeviceMemoryTooSmallError
-from services.worker.memory.ledger import coalesce
+from services.worker.memory.runs import coalesce
 from shared.errors import ConfigError
 
 
