@@ -12,7 +12,7 @@ them again. Matrices are packed for the GEMM (`services/worker/kernels`), vector
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from services.worker.kernels.cpu import CpuKernels
 from services.worker.memory.tensors import tensor_at
 
 _ALIGNMENT_BYTES = 64
+#: What is written in one go, some panels at least: less than a millisecond of work.
+_PIECE_BYTES = 512 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +61,43 @@ class ArenaLayout:
         """Address of part `name` in an arena at `base_address`; 0 where it has no such part."""
         return base_address + self._offsets[name] if name in self._offsets else 0
 
-    def fill(self, base_address: int, read: Callable[[str], torch.Tensor]) -> None:
-        """Write a mapped arena.
+    def fill(self, base_address: int, read: Callable[[str], torch.Tensor]) -> Iterator[int]:
+        """Write a mapped arena, piece by piece: it is whole when the iterator is exhausted.
 
         Args:
-            read: gives a tensor of the checkpoint, float32, by the name in `PartSpec.sources`.
+            read: gives a tensor of the checkpoint, of any float type, by the name in
+                `PartSpec.sources`; a view of a mapped file is read as its pieces are.
+
+        Yields the bytes of each piece after it was written.
         """
         for part in self._parts.values():
             address = self.address(base_address, part.name)
-            stacked = [read(name) for name in part.sources]
-            value = stacked[0] if len(stacked) == 1 else torch.cat(stacked)
+            sources = [read(name) for name in part.sources]
             if part.is_packed:
-                self._kernels.pack_weight(value.contiguous(), address)
+                yield from self._pack(part, address, sources)
             else:
-                tensor_at(address, part.shape).copy_(value)
+                tensor_at(address, part.shape).copy_(torch.cat(sources))
+                yield self._nbytes(part)
+
+    def _pack(self, part: PartSpec, address: int, sources: list[torch.Tensor]) -> Iterator[int]:
+        """Pack a matrix some panels at a time; a panel's rows are neighbours."""
+        n, k = part.shape
+        panel_bytes = self._kernels.packed_nbytes(1, k)
+        num_panels = max(1, _PIECE_BYTES // panel_bytes)
+        num_rows = num_panels * self._kernels.panel_width
+        for start in range(0, n, num_rows):
+            rows = _rows(sources, start, min(start + num_rows, n))
+            self._kernels.pack_weight(rows.to(torch.float32).contiguous(), address)
+            nbytes = self._kernels.packed_nbytes(len(rows), k)
+            address += nbytes
+            yield nbytes
+
+
+def _rows(sources: Sequence[torch.Tensor], start: int, end: int) -> torch.Tensor:
+    """Rows `[start, end)` of the sources stacked; a view where they lie in one of them."""
+    pieces = []
+    for source in sources:
+        if start < len(source) and end > 0:
+            pieces.append(source[max(start, 0) : end])
+        start, end = start - len(source), end - len(source)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

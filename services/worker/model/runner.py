@@ -6,7 +6,7 @@ anything is loaded; load the weights; give all that is left to the KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,14 +90,13 @@ class ModelRunner:
         _check_budget(runner_config, plan, span)
         pool = MemoryPool(CpuMemory(runner_config.memory_bytes, runner_config.chunk_bytes))
         stage = Stage(plan, span, checkpoint, pool, kernels)
-        for name in stage.load(span):
-            log.debug("loaded", part=name)
+        num_bytes = sum(stage.load(span))
         pool.grow_kv_evenly(range(span.start, span.end))
         runner = cls(plan, stage, pool, kernels, runner_config.max_model_len)
         log.info(
             "model loaded",
             layers=len(span),
-            weight_bytes=pool.usage.weight_bytes,
+            weight_bytes=num_bytes,
             kv_tokens=runner.num_blocks * runner.block_size,
             max_model_len=runner.max_model_len,
         )
@@ -210,15 +209,17 @@ class ModelRunner:
             cache[destinations] = cache[sources]
         self.pool.shrink_kv(layers, num_blocks)
 
-    def load_missing(self) -> Generator[str, None, None]:
-        """Load all layers that are not here, part by part, and give them their KV; yields names.
+    def load_missing(self, span: Span) -> Iterator[int]:
+        """Load what serving `span` needs and is not here, and give its layers their KV.
+
+        Yields the bytes of each piece, which takes less than a millisecond or so.
 
         Raises:
             CheckpointError: a tensor cannot be read.
             OutOfChunksError: too little of the pool is free.
         """
-        yield from self._stage.load(self._stage.span)
-        self.pool.grow_kv_evenly(range(self.config.num_layers))
+        yield from self._stage.load(span)
+        self.pool.grow_kv_evenly(range(span.start, span.end))
 
     def serve_all(self) -> None:
         """Serve every layer again; all must be here."""

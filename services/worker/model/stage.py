@@ -59,8 +59,11 @@ class Stage:
 
     # --- weights come and go ---------------------------------------------------------------------
 
-    def load(self, span: Span) -> Iterator[str]:
-        """Load what running `span` needs and is not here; yields each arena's name when it is.
+    def load(self, span: Span) -> Iterator[int]:
+        """Load what running `span` needs and is not here; yields the bytes of each piece.
+
+        Layers are usable one by one, all when the iterator is exhausted. Where it is closed before,
+        the arena under way stays unusable and goes with the next `drop`.
 
         Raises:
             CheckpointError: a tensor cannot be read.
@@ -69,8 +72,7 @@ class Stage:
         try:
             for arena in self._plan.arenas(span):
                 if arena.name not in self._resident:
-                    self._load_arena(arena)
-                    yield arena.name
+                    yield from self._load_arena(arena)
         finally:
             self._checkpoint.release()
 
@@ -78,21 +80,21 @@ class Stage:
         """Give up every arena that running `span` alone does not need; KV stays as it is."""
         kept = {arena.name for arena in self._plan.arenas(span)}
         for arena in self._plan.arenas(self.span):
-            if arena.name in self._resident and arena.name not in kept:
-                self._resident.remove(arena.name)
+            if arena.name in self._addresses and arena.name not in kept:
+                self._resident.discard(arena.name)
                 if arena.layer is not None:
-                    del self._layers[arena.layer]
+                    self._layers.pop(arena.layer, None)
                 self._pool.drop_arena(arena.name)
 
-    def _load_arena(self, arena: ArenaPlan) -> None:
+    def _load_arena(self, arena: ArenaPlan) -> Iterator[int]:
         if arena.name in self._addresses:
             self._pool.restore_arena(arena.name)
         else:
             mapped = self._pool.weight_arena(arena.name, arena.layout.nbytes)
             self._addresses[arena.name] = mapped.address
         address = self._addresses[arena.name]
-        arena.layout.fill(
-            address, lambda source: self._checkpoint.tensor(arena.prefix + source, torch.float32)
+        yield from arena.layout.fill(
+            address, lambda source: self._checkpoint.tensor(arena.prefix + source)
         )
         if arena.layer is not None:
             self._layers[arena.layer] = self._plan.layers.make(

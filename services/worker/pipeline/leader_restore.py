@@ -20,6 +20,7 @@ from services.worker.pipeline.events import EventSink, PrepareFailed
 from services.worker.pipeline.messages import GiveBack, ShrinkRequest
 from services.worker.pipeline.peers import GroupPeers
 from services.worker.pipeline.restoration import Restoration, RestorationState
+from shared.layout import Span
 
 
 def replica_route(worker_id: str, num_layers: int) -> Route:
@@ -51,7 +52,8 @@ class LeaderRestore:
         self._emit = emit
         self._give_back = give_back
         self._targets = {peers.worker_id: runner.replica_blocks}
-        self._restoration = Restoration(peers, runner, emit, epoch)
+        whole = Span(start=0, end=runner.config.num_layers)
+        self._restoration = Restoration(peers, runner, emit, epoch, whole)
         self._log = structlog.get_logger(component="restore", group=peers.key.group_id)
 
     @property

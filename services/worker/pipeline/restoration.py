@@ -1,20 +1,23 @@
 """A member gets its missing layers back while its pipeline serves. Engine thread.
 
 SHRINKING  blocks that a whole replica cannot hold are given up, at a batch boundary
-LOADING    their chunks become weights again, one part of the model between two batches
-WHOLE      every layer has its weights and as many KV blocks as a replica has
+LOADING    their chunks become weights again, piece by piece between two batches
+WHOLE      every layer of the span has its weights and its KV
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from enum import Enum, auto
 
 from services.worker.engine.block_manager import BlockMove
 from services.worker.facts import model_facts
 from services.worker.model.runner import ModelRunner
-from services.worker.pipeline.events import EventSink, Restored
+from services.worker.pipeline.events import EventSink, Phase, PhaseTimed, Restored
+from services.worker.pipeline.load_pacer import LoadPacer
 from services.worker.pipeline.peers import GroupPeers
+from shared.layout import Span
 
 
 class RestorationState(Enum):
@@ -32,18 +35,26 @@ class Restoration:
         epoch: of the plan that asks for it.
     """
 
-    def __init__(self, peers: GroupPeers, runner: ModelRunner, emit: EventSink, epoch: int) -> None:
+    def __init__(
+        self, peers: GroupPeers, runner: ModelRunner, emit: EventSink, epoch: int, span: Span
+    ) -> None:
+        """Begin. `span` is what shall be here when it is WHOLE; it includes what is."""
         self.epoch = epoch
         self.state = RestorationState.SHRINKING
         self._peers = peers
         self._runner = runner
         self._emit = emit
-        self._parts: Generator[str, None, None] | None = None
+        self._span = span
+        self._pieces: Iterator[int] = iter(())
+        self._num_bytes = 0
+        self._began_at = time.perf_counter()
+        self._pacer = LoadPacer(self._began_at)
 
     def shrunk(self, moves: Sequence[BlockMove]) -> None:
         """Blocks that are left are numbered as a replica numbers them, after these moves."""
         self._runner.shrink(self._runner.replica_blocks, moves)
-        self._parts = self._runner.load_missing()
+        self._pieces = self._runner.load_missing(self._span)
+        self._began_at = time.perf_counter()
         self.state = RestorationState.LOADING
 
     @property
@@ -52,16 +63,28 @@ class Restoration:
         return self.state is RestorationState.LOADING
 
     def pump(self) -> None:
-        """Load one part, if it is time for that."""
-        if self._parts is None or not self.is_busy:
+        """Load for as long as it may take now."""
+        if not self.is_busy:
             return
-        if next(self._parts, None) is None:
-            self.state = RestorationState.WHOLE
-            self._emit(Restored(self._peers.key, model_facts(self._runner)))
+        now = time.perf_counter()
+        ends_at = now + self._pacer.grant(now)
+        while now < ends_at and self.is_busy:
+            self._load_piece()
+            now = time.perf_counter()
+        self._pacer.used(now)
 
     def undo(self) -> int:
         """Give everything up again; returns the blocks of the layers that are kept."""
-        if self._parts is not None:
-            self._parts.close()
+        self._pieces = iter(())
         self._runner.keep(self._peers.span)
         return self._runner.settle()
+
+    def _load_piece(self) -> None:
+        num_bytes = next(self._pieces, None)
+        if num_bytes is not None:
+            self._num_bytes += num_bytes
+            return
+        self.state = RestorationState.WHOLE
+        seconds = time.perf_counter() - self._began_at
+        self._emit(PhaseTimed(Phase.LOAD, seconds, self._num_bytes))
+        self._emit(Restored(self._peers.key, model_facts(self._runner)))

@@ -36,6 +36,7 @@ from services.worker.pipeline.messages import (
 from services.worker.pipeline.peers import GroupPeers
 from services.worker.pipeline.restoration import Restoration, RestorationState
 from services.worker.pipeline.rows import sampling_row
+from shared.layout import Span
 from shared.messages import unpack_token_ids
 
 
@@ -118,7 +119,8 @@ class FollowerStage:
 
     def prepare_restore(self, epoch: int) -> None:
         """Get the missing layers back while the pipeline serves."""
-        self._restoration = Restoration(self.peers, self._runner, self._emit, epoch)
+        whole = Span(start=0, end=self._runner.config.num_layers)
+        self._restoration = Restoration(self.peers, self._runner, self._emit, epoch, whole)
         request = ShrinkRequest(
             worker_id=self.peers.worker_id, epoch=epoch, num_blocks=self._runner.replica_blocks
         )

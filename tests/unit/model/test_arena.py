@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -31,7 +33,8 @@ def layout(kernels: CpuKernels) -> ArenaLayout:
 def filled(layout: ArenaLayout) -> torch.Tensor:
     """Memory of the arena with a guard behind it."""
     memory = torch.full((layout.nbytes // 4 + 64,), 7.0)
-    layout.fill(memory.data_ptr(), checkpoint().__getitem__)
+    num_bytes = sum(layout.fill(memory.data_ptr(), checkpoint().__getitem__))
+    assert 0 < num_bytes <= layout.nbytes
     return memory
 
 
@@ -62,6 +65,21 @@ def test_a_stacked_matrix_multiplies_like_its_parts(
     kernels.linear(x, layout.address(memory.data_ptr(), "qkv"), 70, out)
     expected = torch.cat([x @ tensors[f"{name}.weight"].T for name in "qkv"], dim=1)
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_matrix_is_filled_in_pieces(kernels: CpuKernels, dtype: torch.dtype) -> None:
+    """Pieces end neither where its sources do nor where it does itself."""
+    torch.manual_seed(2)
+    sources = {"a": torch.randn(4001, 33).to(dtype), "b": torch.randn(5005, 33).to(dtype)}
+    layout = ArenaLayout([PartSpec("w", (9006, 33), ("a", "b"))], kernels)
+    in_pieces, at_once = torch.zeros(2, layout.nbytes // 4 + 16)
+    aligned = [-(-memory.data_ptr() // 64) * 64 for memory in (in_pieces, at_once)]
+    pieces = list(layout.fill(aligned[0], sources.__getitem__))
+    assert len(pieces) > 2
+    kernels.pack_weight(torch.cat(list(sources.values())).float(), aligned[1])
+    values = [ctypes.string_at(address, layout.nbytes) for address in aligned]
+    assert values[0] == values[1]
 
 
 def test_nothing_is_written_behind_the_arena(layout: ArenaLayout) -> None:

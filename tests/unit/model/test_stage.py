@@ -131,8 +131,8 @@ def test_layers_leave_give_their_memory_to_the_kv_and_come_back(
 
         pool.shrink_kv([0, 1], blocks_before)
         pool.trim()  # nothing of the old weights is left in the chunks
-        returned = list(stage.load(WHOLE))
-        assert returned[:2] == ["layer.2", "layer.3"]
+        assert sum(stage.load(WHOLE)) > 0
+        assert stage.resident_layers == (WHOLE,)
         assert_same_bits(run_mixed(dropping), expected)
 
 
