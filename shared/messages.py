@@ -135,12 +135,13 @@ def decode_control(payload: bytes) -> Cancel | Resume | Drain | Ping:
 
 
 class FinishReason(StrEnum):
-    """Why a request ended (vLLM's names)."""
+    """Why a request ended (vLLM's names, and LOST, which no client sees)."""
 
     STOP = "stop"  # an end-of-sequence or stop token
     LENGTH = "length"  # max_tokens or the model's context is reached
     ABORT = "abort"  # cancelled
     ERROR = "error"  # the worker failed it; `error` says why
+    LOST = "lost"  # its KV is gone through no fault of its own: the router replays it
 
 
 class TokenLogprobs(WireModel):
@@ -157,6 +158,7 @@ class TokenItem(WireModel):
 
     `index` is the position of the first of them among the request's output tokens (replayed ones
     counted), so a router sees gaps and repetitions. `token_ids` may be empty on a finishing item.
+    One that ends with LOST has index 0: it holds whatever the router has received so far.
     """
 
     request_id: str
@@ -216,6 +218,7 @@ class WorkerState(StrEnum):
 
     STARTING = "starting"
     READY = "ready"
+    RELOADING = "reloading"  # its group broke: it gets missing layers back and serves nothing
     DRAINING = "draining"
 
 

@@ -80,6 +80,7 @@ class StubBehaviour:
     pause_at: int | None = None  # sends nothing from this position on
     die_at: int | None = None  # is gone, without a word, when a stream gets here
     abort_at: int | None = None
+    loses_kv_after: int | None = None  # so many tokens of each attempt
     fail_with: str = ""
     forgets_streams: bool = False  # knows of no stream when asked to resume
 
@@ -259,6 +260,9 @@ class StubWorker:
             return TokenItem(**common, finish_reason=FinishReason.ERROR, error=behaviour.fail_with)
         if behaviour.abort_at is not None and position >= behaviour.abort_at:
             return TokenItem(**common, finish_reason=FinishReason.ABORT)
+        num_replayed = len(request.output_token_ids) // 4
+        if position - num_replayed == behaviour.loses_kv_after:
+            return TokenItem(**{**common, "index": 0}, finish_reason=FinishReason.LOST)
         token_id = self._tokens(request, position)
         reason, stop_token_id = self._ending(request, token_id, position + 1)
         logprobs = None

@@ -138,8 +138,10 @@ class Generator:
             case FinishReason.ABORT:
                 # Not asked for by this router: the worker gave it up, another can go on.
                 session.lose()
-                items[-1] = last.model_copy(update={"finish_reason": None})
-                return [item for item in items if item.token_ids]
+                return [item for item in _without_end(items) if item.token_ids]
+            case FinishReason.LOST:
+                session.replay()
+                return [item for item in _without_end(items) if item.token_ids]
             case FinishReason.ERROR:
                 self._end(session, RequestState.FAILED)
                 raise GenerationFailedError(last.error or "the worker failed this request")
@@ -190,6 +192,11 @@ class Generator:
         await self._link.cancel(
             session.worker_id, session.request.request_id, session.stream.attempt
         )
+
+
+def _without_end(items: list[TokenItem]) -> list[TokenItem]:
+    """The items of an attempt that ended; its request goes on."""
+    return [*items[:-1], items[-1].model_copy(update={"finish_reason": None})]
 
 
 def _known_ending(session: Session) -> TokenItem | None:

@@ -24,13 +24,15 @@ class RequestState(StrEnum):
     QUEUED = "queued"  # wants a worker
     DISPATCHING = "dispatching"  # sent to one, not answered yet
     STREAMING = "streaming"  # accepted
-    LOST = "lost"  # its worker is gone; the tokens so far are replayed elsewhere
+    LOST = "lost"  # its worker or its KV is gone; the tokens so far are replayed elsewhere
     FINISHED = "finished"
     FAILED = "failed"
     CANCELLED = "cancelled"
 
 
 _ENDS = frozenset({RequestState.FAILED, RequestState.CANCELLED})
+#: Ends of an attempt only; another one goes on.
+_ENDS_OF_ATTEMPT = frozenset({FinishReason.ABORT, FinishReason.LOST})
 _TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     RequestState.QUEUED: _ENDS | {RequestState.DISPATCHING, RequestState.FINISHED},
     RequestState.DISPATCHING: _ENDS | {RequestState.QUEUED, RequestState.STREAMING},
@@ -106,7 +108,8 @@ class TokenStream:
         self.has_gap = False
         self.output_token_ids.extend(item.token_ids)
         self.pending.append(item)
-        self._has_last_item = item.finish_reason not in (None, FinishReason.ABORT)
+        reason = item.finish_reason
+        self._has_last_item = reason is not None and reason not in _ENDS_OF_ATTEMPT
         return Verdict.NEW
 
     def take(self) -> list[TokenItem]:

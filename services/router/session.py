@@ -44,7 +44,8 @@ class Session:
         self.wants_resume = False
         self.resumed_at = now
         self.num_silent_resumes = 0
-        self.num_losses = 0
+        self.num_losses = 0  # workers that went away with it
+        self.is_replay = False  # was lost before: the client may have tokens already
         self.failure: ApiError | None = None
         #: Since when the reader has been writing to its client; None when it is not.
         self.writing_since: float | None = None
@@ -56,11 +57,6 @@ class Session:
     def num_tokens(self) -> int:
         """Prompt and output so far."""
         return len(self.request.prompt_token_ids) + len(self.stream.output_token_ids)
-
-    @property
-    def is_replay(self) -> bool:
-        """True once a worker has been lost: then the client may have tokens already."""
-        return self.num_losses > 0
 
     def deliver(self, item: TokenItem, worker_id: str, now: float) -> Verdict:
         """Take an item from a token frame and wake the reader if it brings something.
@@ -90,8 +86,14 @@ class Session:
     def lose(self) -> None:
         """The worker is gone; the reader will replay the request. No-op where it is not running."""
         if self.stream.state is RequestState.STREAMING:
-            self.stream.move(RequestState.LOST)
             self.num_losses += 1
+            self.replay()
+
+    def replay(self) -> None:
+        """The worker cannot go on, through no fault of the request; the reader will replay it."""
+        if self.stream.state is RequestState.STREAMING:
+            self.stream.move(RequestState.LOST)
+            self.is_replay = True
             self.wants_resume = False
             self.wake()
 

@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from services.router.generator import MAX_LOSSES
 from shared.messages import GenerateStatus, unpack_token_ids
 from tests.conftest import eventually
 from tests.router_support import ASCII_TOKENS, Cluster, post_stream, running_cluster
@@ -126,6 +127,17 @@ async def test_a_worker_that_gives_a_request_up_is_replaced(
     await cluster.add_worker("w1")
     cluster.workers["w0"].behaviour.refuse_with = GenerateStatus.DRAINING
     assert (await running).text == expected()
+
+
+async def test_losing_its_kv_is_not_the_requests_fault_however_often(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    await cluster.add_worker("w0", StubBehaviour(loses_kv_after=1))
+    await cluster.add_router()
+    await cluster.ready()
+    assert NUM_TOKENS > 2 * MAX_LOSSES
+    assert (await post_stream(http, cluster.url + COMPLETIONS, body())).text == expected()
+    assert len(cluster.workers["w0"].requests) == NUM_TOKENS
 
 
 async def test_a_restarted_worker_is_noticed_by_its_incarnation(

@@ -114,3 +114,25 @@ def test_the_end_may_come_with_tokens_that_are_known() -> None:
     assert stream.accept(item(2, 3, finish=FinishReason.STOP), 1.0) is Verdict.NEW
     assert stream.take()[-1].finish_reason is FinishReason.STOP
     assert stream.output_token_ids == list(TOKENS[:3])
+
+
+@pytest.mark.parametrize("reason", [FinishReason.LOST, FinishReason.ABORT])
+def test_the_end_of_an_attempt_is_not_that_of_the_request(reason: FinishReason) -> None:
+    stream = streaming()
+    stream.accept(item(0, 3), 1.0)
+    assert stream.accept(item(3, 3, finish=reason), 2.0) is Verdict.NEW
+    stream.move(RequestState.LOST)
+    stream.move(RequestState.QUEUED)
+    stream.begin_attempt(3.0)
+    stream.move(RequestState.DISPATCHING)
+    assert stream.accept(item(3, 4, attempt=2), 4.0) is Verdict.NEW
+
+
+def test_lost_kv_ends_an_attempt_whatever_is_missing() -> None:
+    """Its worker may not have the tokens of the gap any more."""
+    stream = streaming()
+    stream.accept(item(0, 3), 1.0)
+    assert stream.accept(item(5, 6), 2.0) is Verdict.GAP
+    assert stream.accept(item(0, 0, finish=FinishReason.LOST), 3.0) is Verdict.NEW
+    assert not stream.has_gap
+    assert stream.output_token_ids == list(TOKENS[:3])
