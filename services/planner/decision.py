@@ -22,7 +22,12 @@ from services.planner.drafts import (
     why_rewrite,
 )
 from services.planner.inputs import Inputs
-from services.planner.layout_policy import WorkerVerdict, describe_change, settled_layout
+from services.planner.layout_policy import (
+    Layout,
+    WorkerVerdict,
+    describe_change,
+    settled_layout,
+)
 from services.planner.orders import OrderError, carry_out
 from services.planner.rules import Action, Decision, Restraint, Rule, Target
 from services.planner.steering import steer
@@ -69,15 +74,16 @@ def _first(inputs: Inputs) -> Decision:
 
 
 def _at_rest(inputs: Inputs, previous: Plan) -> Decision:
-    layout = layout_now(inputs, previous, previous.groups, failed_groups(inputs, previous.groups))
-    changed = layout.groups != previous.groups or layout.model_id != previous.model_id
+    failed = failed_groups(inputs, previous.groups)
+    is_held = inputs.membership_held
+    layout = layout_now(inputs, previous, previous.groups, failed, absence_counts=not is_held)
     verdicts = layout.verdicts
-    if changed and not inputs.membership_held:
+    if _differs(layout, previous):
         plan = draft_layout(inputs, previous, layout)
         return Decision(Action.PUBLISH, Rule.WORKERS_CHANGED, plan, True, verdicts, plan.reason)
     if (rewrite := why_rewrite(inputs, previous)) is not None:
         return Decision(Action.PUBLISH, rewrite, redraft(inputs, previous), verdicts=verdicts)
-    if changed:
+    if is_held and _differs(layout_now(inputs, previous, previous.groups, failed), previous):
         unsure = AdminReply(error="it is not certain which workers live: try again in a moment")
         reply = unsure if inputs.wish else None
         return Decision(Action.HOLD, Rule.MEMBERSHIP_UNCERTAIN, verdicts=verdicts, reply=reply)
@@ -93,6 +99,10 @@ def _at_rest(inputs: Inputs, previous: Plan) -> Decision:
             return Decision(Action.HOLD, rule, verdicts=verdicts, detail=detail)
         case None:
             return Decision(Action.KEEP, Rule.UNCHANGED, verdicts=verdicts)
+
+
+def _differs(layout: Layout, plan: Plan) -> bool:
+    return layout.groups != plan.groups or layout.model_id != plan.model_id
 
 
 def _grant(

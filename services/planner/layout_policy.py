@@ -20,9 +20,17 @@ class WorkerVerdict(StrEnum):
 
     SERVES = "serves"
     STARTING = "starting"
+    RELOADING = "reloading"  # its group broke, and layers are missing
     DRAINING = "draining"
     PARTIAL = "partial"  # does not hold every layer
     OTHER_MODEL = "other_model"
+
+
+_NOT_SERVING: Mapping[WorkerState, WorkerVerdict] = {
+    WorkerState.STARTING: WorkerVerdict.STARTING,
+    WorkerState.RELOADING: WorkerVerdict.RELOADING,
+    WorkerState.DRAINING: WorkerVerdict.DRAINING,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +172,8 @@ def _can_serve(
 def _judge(info: WorkerInfo, model: tuple[str, int], *, is_placed: bool) -> WorkerVerdict:
     if (info.model_id, info.num_layers) != model:
         return WorkerVerdict.OTHER_MODEL
-    if info.state is WorkerState.DRAINING:
-        return WorkerVerdict.DRAINING
-    if info.state is WorkerState.STARTING:
-        return WorkerVerdict.STARTING
+    if (verdict := _NOT_SERVING.get(info.state)) is not None:
+        return verdict
     if not is_placed and not holds_all_layers(info):
         return WorkerVerdict.PARTIAL
     return WorkerVerdict.SERVES

@@ -103,7 +103,7 @@ def progress(
     """How far the transition of `plan` is.
 
     Args:
-        membership_held: absence of a worker proves nothing at the moment.
+        membership_held: absence of a worker, or of its answer, proves nothing at the moment.
         settle_seconds: time for the exchange after COMMIT was applied or due.
         now: wall clock.
     """
@@ -129,7 +129,7 @@ def progress(
     deadline = (plan.deadline_at or plan.created_at) + (
         settle_seconds if stage is Stage.SETTLING else 0.0
     )
-    if now >= deadline:
+    if now >= deadline and not membership_held:
         detail = f"no answer from {', '.join(sorted(missing))}"
         return Progress(stage, Event.LATE, detail, missing, missing)
     return Progress(stage, waiting_for=missing)

@@ -21,6 +21,10 @@ SUSPECT_SECONDS = 0.4
 INHIBIT_SECONDS = 5.0
 
 
+#: States in which a worker computes its stage; one that drains does until its group is restored.
+_COMPUTING = frozenset({WorkerState.READY, WorkerState.DRAINING})
+
+
 @dataclass(frozen=True, slots=True)
 class ReceivedLoad:
     """The newest load report of a worker and when it came."""
@@ -126,8 +130,10 @@ class Fleet:
         return max(lengths, default=None)
 
     def _is_serving(self, group: GroupPlan, now: float) -> bool:
-        members = [self.workers.get(member.worker_id) for member in group.members]
-        if any(info is None or info.state is not WorkerState.READY for info in members):
+        leader, *followers = (self.workers.get(member.worker_id) for member in group.members)
+        if leader is None or leader.state is not WorkerState.READY:
+            return False
+        if any(info is None or info.state not in _COMPUTING for info in followers):
             return False
         if self.load_age(group.leader, now) > FRESH_SECONDS:
             return False

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.planner.decision import decide
 from services.planner.inputs import Inputs
 from services.planner.rules import Action, Decision, Rule
-from shared.layout import LayoutState, Plan
-from shared.messages import WorkerState
+from shared.layout import Change, GroupPlan, LayoutState, MemberPlan, Plan, PlanPhase, Span
+from shared.messages import AckState, PlanAck, WorkerInfo, WorkerState
 from tests.planner_support import NUM_LAYERS, make_pressure, plan_for, worker_info, workers
 
 
@@ -174,3 +175,67 @@ def test_versions_only_rise_and_the_decision_settles(
 
 def test_plans_are_of_the_whole_model() -> None:
     assert plan_for("a").num_layers == NUM_LAYERS
+
+
+def pipeline_plan() -> Plan:
+    """The plan at rest in which a and b are one pipeline."""
+    stored = plan_for("a", "b")
+    members = (
+        MemberPlan(worker_id="a", span=Span(start=0, end=2), incarnation="1"),
+        MemberPlan(worker_id="b", span=Span(start=2, end=NUM_LAYERS), incarnation="1"),
+    )
+    group = GroupPlan(group_id="ab", members=members, epoch=5)
+    changes = {"groups": (group,), "state": LayoutState.DROPPED, "epoch": 5}
+    return stored.model_copy(update=changes)
+
+
+def halves() -> dict[str, WorkerInfo]:
+    """Members of `pipeline_plan` as their leases show them."""
+    low, high = (Span(start=0, end=2),), (Span(start=2, end=NUM_LAYERS),)
+    return {"a": worker_info("a", layers=low), "b": worker_info("b", layers=high)}
+
+
+def failed(worker_id: str, plan: Plan) -> dict[str, PlanAck]:
+    ack = PlanAck(
+        worker_id=worker_id, term=plan.term, epoch=plan.epoch, state=AckState.FAILED, detail="b"
+    )
+    return {worker_id: ack}
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_failed_pipeline_is_broken_up_whoever_is_out_of_sight(held: bool) -> None:
+    stored = pipeline_plan()
+    living = {"a": halves()["a"]}
+    inputs = Inputs(1, living, stored, acks=failed("a", stored), membership_held=held)
+    assert published(decide(inputs)).groups == ()
+
+
+@pytest.mark.parametrize("state", [WorkerState.RELOADING, WorkerState.STARTING])
+def test_a_member_that_lost_its_group_is_placed_when_it_is_whole(state: WorkerState) -> None:
+    """Its lease may be late with the layers, but not with its state."""
+    stored = pipeline_plan()
+    for layers in (halves()["a"].layers, worker_info("a").layers):
+        reloading = {"a": worker_info("a", layers=layers, state=state)}
+        plan = published(decide(Inputs(1, reloading, stored)))
+        assert plan.groups == ()
+    whole = published(decide(Inputs(1, workers("a"), plan, acks=failed("a", stored))))
+    assert leaders(whole) == ["a"]
+
+
+def test_a_member_whose_peer_died_is_not_placed_while_it_lacks_layers() -> None:
+    stored = pipeline_plan()
+    plan = published(decide(Inputs(1, {"b": halves()["b"]}, stored)))
+    assert plan.groups == ()
+    assert decide(Inputs(1, {"b": halves()["b"]}, plan)).action is Action.KEEP
+
+
+@pytest.mark.parametrize("phase", PlanPhase)
+def test_an_outage_is_no_missed_deadline(phase: PlanPhase) -> None:
+    """After it nobody has had the time to answer yet."""
+    change = Change(cause="", started_at=0.0, previous_groups=plan_for("a", "b").groups)
+    under_way = pipeline_plan().model_copy(
+        update={"phase": phase, "change": change, "deadline_at": 10.0}
+    )
+    for held, action in ((True, Action.KEEP), (False, Action.PUBLISH)):
+        inputs = Inputs(1, workers("a", "b"), under_way, membership_held=held, now=20.0)
+        assert decide(inputs).action is action

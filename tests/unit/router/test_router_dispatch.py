@@ -133,10 +133,20 @@ def test_stale_reports_disqualify() -> None:
     assert leaders(fleet, now=2.0 + FRESH_SECONDS + 0.1) == []
 
 
-def test_every_member_of_a_group_must_be_ready() -> None:
+def test_every_member_of_a_group_must_do_its_part() -> None:
     fleet = fleet_of([["a", "b"], ["c"]])
     assert leaders(fleet) == ["a", "c"]
+    for state in (WorkerState.STARTING, WorkerState.RELOADING):
+        fleet.apply_worker(info("b", state))
+        assert leaders(fleet) == ["c"]
+
+
+def test_a_group_takes_requests_while_a_stage_drains_but_not_its_leader() -> None:
+    """The stage computes until the group is restored; the leader takes nothing new."""
+    fleet = fleet_of([["a", "b"], ["c"]])
     fleet.apply_worker(info("b", WorkerState.DRAINING))
+    assert leaders(fleet) == ["a", "c"]
+    fleet.apply_worker(info("a", WorkerState.DRAINING))
     assert leaders(fleet) == ["c"]
     fleet.remove_worker("c")
     assert leaders(fleet) == []
