@@ -22,6 +22,8 @@ from shared.wire import MessageError
 
 #: How often the plan is read in case the watch missed a change.
 REREAD_SECONDS = 5.0
+#: Time until an answer that could not be said is said again.
+_RETRY_SECONDS = 0.5
 
 
 class LayoutFollower:
@@ -94,15 +96,16 @@ class LayoutFollower:
         )
 
     async def _acknowledge(self) -> None:
-        """Publish the newest answer whenever it changed."""
+        """Publish the newest answer whenever it changed, until it is known to be there."""
         while True:
             await self._answer_is_due.wait()
             self._answer_is_due.clear()
             answer = self._transition.answer
-            if answer is not None:
-                await self._publish(answer)
+            if answer is not None and not await self._publish(answer):
+                self._answer_is_due.set()
+                await asyncio.sleep(_RETRY_SECONDS)
 
-    async def _publish(self, answer: Answer) -> None:
+    async def _publish(self, answer: Answer) -> bool:
         ack = PlanAck(
             worker_id=self._worker_id,
             term=answer.term,
@@ -114,3 +117,5 @@ class LayoutFollower:
             await self._acks.put(self._worker_id, ack.encode())
         except BusError as error:
             self._log.warning("acknowledgement lost", epoch=answer.epoch, reason=str(error))
+            return False
+        return True
