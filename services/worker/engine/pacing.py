@@ -67,7 +67,9 @@ class PrefillPacer:
         self.model = model
         self._config = config
         self._num_stages = num_stages
-        self._piece_tokens = min(_MIN_PIECE_TOKENS, config.min_prefill_tokens)
+        self._piece_tokens = min(
+            _MIN_PIECE_TOKENS, config.min_prefill_tokens, config.max_num_batched_tokens
+        )
         self._least_cost = self._cost_of_new(self._piece_tokens) / 2
         self._batch_cost = 0.0
         self._num_batches_left = 0
@@ -91,7 +93,8 @@ class PrefillPacer:
         batches = formulate(work, self.model, min_tokens, self._config.max_num_batched_tokens)
         self._num_batches_left = len(batches)
         costs = (self.model.marginal_cost(chunk.shape) for batch in batches for chunk in batch)
-        self._batch_cost = math.fsum(costs) / len(batches)
+        # Batches that may hold but a few tokens can be smaller than any piece; a first one fits.
+        self._batch_cost = max(math.fsum(costs) / len(batches), self._least_cost)
 
     def prefill_cost(self, decode_cost: float) -> float:
         """What the prefill of the next batch may cost, in sums of `marginal_cost`.
