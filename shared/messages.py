@@ -234,6 +234,7 @@ class ModelCosts(WireModel):
     head_weight_bytes: int
     whole_weight_bytes: int = Field(description="what a replica holds")
     kv_layer_block_bytes: int = Field(description="one block of one layer")
+    chunk_bytes: int = Field(default=1, ge=1, description="each layer's KV is so many times this")
     layer_seconds: float = Field(default=0.0, description="0: not measured")
     embedding_seconds: float = 0.0
     head_seconds: float = Field(default=0.0, description="final norm, LM head and sampling")

@@ -156,6 +156,7 @@ def _bytes_of(costs: ModelCosts) -> tuple[int, ...]:
         costs.head_weight_bytes,
         costs.whole_weight_bytes,
         costs.kv_layer_block_bytes,
+        costs.chunk_bytes,
     )
 
 

@@ -37,7 +37,7 @@ class StageShape:
     def whole_blocks(self) -> int:
         """KV blocks that the worker has as a replica."""
         free_bytes = self.memory_bytes - self.costs.whole_weight_bytes
-        return max(0, free_bytes // (self.num_layers * self.costs.kv_layer_block_bytes))
+        return max(0, _blocks_in(free_bytes // self.num_layers, self.costs))
 
     @cached_property
     def copy_blocks(self) -> float:
@@ -53,13 +53,14 @@ class Stage:
     memory_bytes: int
     fixed_seconds: float
     held: tuple[Interval, ...]
-    layer_bytes: int
-    kv_bytes: int
+    costs: ModelCosts
     layer_seconds: float
 
     def max_layers(self, seconds: float, num_blocks: int) -> int:
         """Layers it can hold beside `num_blocks` blocks and compute in `seconds`."""
-        by_memory = self.memory_bytes // (self.layer_bytes + num_blocks * self.kv_bytes)
+        chunk_bytes, kv_bytes = self.costs.chunk_bytes, self.costs.kv_layer_block_bytes
+        kv_bytes = -(-num_blocks * kv_bytes // chunk_bytes) * chunk_bytes
+        by_memory = self.memory_bytes // (self.costs.layer_weight_bytes + kv_bytes)
         if math.isinf(seconds):
             return max(0, by_memory)
         by_time = int((seconds - self.fixed_seconds) / self.layer_seconds + ROUNDING)
@@ -71,7 +72,12 @@ class Stage:
 
     def num_blocks(self, layers: int) -> int:
         """KV blocks that fit beside so many layers."""
-        return (self.memory_bytes - layers * self.layer_bytes) // (layers * self.kv_bytes)
+        return _blocks_in(self.memory_bytes // layers - self.costs.layer_weight_bytes, self.costs)
+
+
+def _blocks_in(layer_bytes: int, costs: ModelCosts) -> int:
+    """KV blocks of one layer that fit into the whole chunks of `layer_bytes`."""
+    return layer_bytes // costs.chunk_bytes * costs.chunk_bytes // costs.kv_layer_block_bytes
 
 
 def line_up(members: Sequence[StageShape], order: Sequence[int]) -> list[Stage]:
@@ -92,8 +98,7 @@ def line_up(members: Sequence[StageShape], order: Sequence[int]) -> list[Stage]:
                 memory_bytes=members[index].memory_bytes - fixed_bytes,
                 fixed_seconds=fixed_seconds,
                 held=members[index].held,
-                layer_bytes=costs.layer_weight_bytes,
-                kv_bytes=costs.kv_layer_block_bytes,
+                costs=costs,
                 layer_seconds=(
                     costs.layer_seconds if measured else float(max(1, costs.layer_weight_bytes))
                 ),

@@ -1,4 +1,4 @@
-"""From settings to a running engine: resolve the model, load it, size the KV cache.
+"""From settings to a running engine: resolve the model, load it, size the KV cache, know its costs.
 
 Runs in the engine thread, because everything that touches the device does.
 """
@@ -7,23 +7,32 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import structlog
 import torch
 
 from services.worker.core import EngineCore
 from services.worker.engine.block_manager import BlockManager
 from services.worker.engine.config import SchedulerConfig
+from services.worker.engine.cost_model import TOKEN_COUNT, CostModelError
+from services.worker.engine.profile import ModelProfile
 from services.worker.engine.scheduler import Scheduler
 from services.worker.facts import model_facts
 from services.worker.identity import ModelFacts
 from services.worker.kernels.cpu import CpuKernels
+from services.worker.model.profiler import profile_model
 from services.worker.model.runner import ModelRunner, RunnerConfig
 from services.worker.pipeline.leader_restore import replica_route
 from services.worker.pipeline.member import GroupMember
+from services.worker.profile_cache import ProfileCache, profile_key
 from services.worker.settings import WorkerSettings
 from shared.cache_dir import default_cache_dir
 from shared.models import ProgressReporter, resolve_model
+
+#: Changes with what is measured, and how: profiles of other formats are measured anew.
+_PROFILE_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,7 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
         ),
         kernels,
     )
+    runner.profile = _profile(settings, cache_dir, model_dir, runner, kernels)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -67,10 +77,45 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
             max_model_len=runner.max_model_len,
             max_num_waiting_requests=settings.max_num_requests,
             watermark=settings.watermark,
+            chunk_policy=settings.chunk_policy,
         ),
         BlockManager(runner.num_blocks, runner.block_size),
         replica_route(settings.worker_id, runner.config.num_layers),
+        TOKEN_COUNT if runner.profile is None else runner.profile.layer,
     )
     core = EngineCore(scheduler, runner)
     member = GroupMember(core, scheduler, runner)
     return BuiltEngine(core, member, model_facts(runner), runner)
+
+
+def _profile(
+    settings: WorkerSettings,
+    cache_dir: Path,
+    model_dir: Path,
+    runner: ModelRunner,
+    kernels: CpuKernels,
+) -> ModelProfile | None:
+    """What batches cost with this model, these kernels and threads, on this machine.
+
+    None where times are too noisy to tell: then all tokens count alike.
+    """
+    log = structlog.get_logger(component="profile")
+    key = profile_key(
+        _PROFILE_FORMAT,
+        (model_dir / "config.json").read_bytes(),
+        kernels.build_id,
+        kernels.num_threads,
+        len(os.sched_getaffinity(0)),
+        runner.max_model_len,
+        settings.max_num_batched_tokens,
+    )
+    try:
+        profile = ProfileCache(cache_dir / "profiles").get(
+            key, lambda: profile_model(runner, settings.max_num_batched_tokens)
+        )
+    except CostModelError as error:
+        log.warning("no cost model", reason=str(error))
+        return None
+    mean, p90 = profile.fit_error
+    log.info("cost model", **asdict(profile.layer), mean_error=round(mean, 3), p90=round(p90, 3))
+    return profile

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from services.worker.engine.cost_model import ChunkShape
 from services.worker.identity import ModelFacts
 from services.worker.model.runner import ModelRunner
+from shared.messages import ModelCosts
+
+#: The batch whose time is told: it stands for what pipelines mostly compute.
+_TYPICAL_DECODE, _TYPICAL_ROWS = ChunkShape(256, 1), 16
 
 
 def model_facts(runner: ModelRunner) -> ModelFacts:
@@ -22,4 +27,25 @@ def model_facts(runner: ModelRunner) -> ModelFacts:
         kv_bytes=usage.kv_bytes,
         free_bytes=usage.free_bytes,
         layers=layers,
+        costs=_model_costs(runner),
     )
+
+
+def _model_costs(runner: ModelRunner) -> ModelCosts:
+    part_bytes, profile = runner.part_bytes, runner.profile
+    costs = ModelCosts(
+        layer_weight_bytes=part_bytes.layer,
+        embedding_weight_bytes=part_bytes.embedding,
+        head_weight_bytes=part_bytes.head,
+        whole_weight_bytes=part_bytes.whole,
+        kv_layer_block_bytes=runner.kv_block_bytes,
+        chunk_bytes=runner.pool.chunk_bytes,
+    )
+    if profile is None:
+        return costs
+    seconds = {
+        "layer_seconds": profile.layer.batch_cost((_TYPICAL_DECODE,) * _TYPICAL_ROWS),
+        "embedding_seconds": profile.embedding.seconds(_TYPICAL_ROWS),
+        "head_seconds": profile.head.seconds(_TYPICAL_ROWS),
+    }
+    return costs.model_copy(update=seconds)

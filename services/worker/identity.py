@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shared.layout import Span
-from shared.messages import WorkerInfo, WorkerState
+from shared.messages import ModelCosts, WorkerInfo, WorkerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class ModelFacts:
     kv_bytes: int
     free_bytes: int
     layers: tuple[Span, ...]
+    costs: ModelCosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Identity:
             kv_bytes=facts.kv_bytes,
             free_bytes=facts.free_bytes,
             layers=facts.layers,
+            costs=facts.costs,
             applied_epoch=applied_epoch,
             started_at=self.started_at,
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
+from services.worker.engine.config import ChunkPolicy
 from shared.service_settings import ServiceSettings
 from shared.settings import ByteSize
 from shared.subjects import validate_name
@@ -74,6 +75,10 @@ class WorkerSettings(ServiceSettings):
     )
     watermark: float = Field(
         default=0.05, ge=0.0, lt=0.1, description="share of the KV pool kept free at admission"
+    )
+    chunk_policy: ChunkPolicy = Field(
+        default=ChunkPolicy.LOOKAHEAD,
+        description="how prefill is cut on a pipeline: lookahead, predicted-time or token-count",
     )
     load_interval_seconds: float = Field(
         default=0.1, gt=0.0, le=5.0, description="time between load reports"

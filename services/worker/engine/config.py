@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import StrEnum
 
 from shared.errors import ConfigError
 
 
-class ChunkPolicy(Enum):
+class ChunkPolicy(StrEnum):
     """How much of the queued prefill one microbatch of a pipeline takes."""
 
-    LOOKAHEAD = auto()  # equal parts of all that is queued, if that is enough; else as below
-    PREDICTED_TIME = auto()  # as long as a full batch of a new prompt takes
-    TOKEN_COUNT = auto()  # `max_num_batched_tokens`, whatever they cost: only for comparison
+    LOOKAHEAD = "lookahead"  # equal parts of all that is queued, if that is enough; else as below
+    PREDICTED_TIME = "predicted-time"  # as long as a full batch of a new prompt takes
+    TOKEN_COUNT = "token-count"  # `max_num_batched_tokens`, whatever they cost: only for comparison
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,28 @@
 """What a microbatch costs: the formula of the KunServe paper (section 4.3), and its fit.
 
-    chunk of c tokens after p computed ones    alpha (p c + (c² + c) / 2) + beta c + gamma
-                                                  attention                 linear   constant
-    microbatch of n chunks                     sum of the chunks' costs - (n - 1) lam
+    chunk of c tokens after p computed ones
+        alpha (p c + (c² + c) / 2) + kappa (p + c) + beta c + gamma
+          attention                  reading KV      linear   constant
+    microbatch of n chunks
+        sum of the chunks' costs - (n - 1) lam, but never less than floor
 
-`lam` (lambda) takes out of gamma what a batch pays only once, such as reading the weights. A decode
-is a chunk of one token. Attention is additive when a prompt is cut, so a cut costs gamma - lam more
-and nothing else.
+`lam` (lambda) takes out of gamma what a batch pays only once. A decode is a chunk of one token.
+Attention is additive when a prompt is cut, so a cut costs gamma - lam more, and reading the KV of
+what is before it once more.
 
-The model is fitted at start-up from timed batches of one stage and kept in the cache as JSON.
+Two terms are ours. The paper charges a decode and a prefill alike for each pair of tokens; but a
+chunk reads its KV once, however many tokens look at it, so that a decode costs eight times as much
+for each pair (measured on a CPU, one thread). And while a small batch computes, the weights are
+still being read: below `floor`, tokens are free.
+
+The model is fitted at start-up from timed batches of one layer and kept in the cache.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import NamedTuple
 
@@ -43,6 +49,11 @@ class ChunkShape(NamedTuple):
             self.num_prefix_tokens * self.num_tokens + self.num_tokens * (self.num_tokens + 1) / 2
         )
 
+    def cut(self, num_first: int) -> tuple[ChunkShape, ChunkShape]:
+        """Its first `num_first` tokens, and the rest."""
+        prefix, num_tokens = self
+        return ChunkShape(prefix, num_first), ChunkShape(prefix + num_first, num_tokens - num_first)
+
 
 class CostSample(NamedTuple):
     """One timed batch."""
@@ -55,24 +66,29 @@ class PredictionError(NamedTuple):
     """How far predictions are off, relative to what was measured."""
 
     mean: float
-    p95: float
+    p90: float
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Predicts the seconds that one stage takes for a batch.
+    """Predicts the seconds that a layer takes for a batch.
 
-    `0 <= lam <= gamma`, `alpha >= 0`, `beta >= 0`, not both 0.
+    `0 <= lam <= gamma`, the others are not negative; alpha and beta are not both 0.
     """
 
     alpha: float
     beta: float
     gamma: float
     lam: float
+    kappa: float = 0.0
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise CostModelError for numbers that no machine has."""
-        numbers = (self.alpha, self.beta, self.gamma, self.lam, self.gamma - self.lam)
+        numbers = (
+            *(self.alpha, self.beta, self.gamma, self.lam, self.kappa, self.floor),
+            self.gamma - self.lam,
+        )
         if not all(math.isfinite(number) and number >= 0.0 for number in numbers):
             raise CostModelError(f"{self} is no cost model: 0 <= lam <= gamma, others >= 0")
         if self.alpha + self.beta == 0.0:
@@ -84,78 +100,88 @@ class CostModel:
 
     def marginal_cost(self, chunk: ChunkShape) -> float:
         """Seconds that a batch takes longer because of this chunk."""
-        linear = self.beta * chunk.num_tokens
+        linear = self.beta * chunk.num_tokens + self.kappa * sum(chunk)
         return self.alpha * chunk.num_attended + linear + self.gamma - self.lam
 
     def decode_cost(self, num_prefix_tokens: int) -> float:
         """`marginal_cost` of one token after `num_prefix_tokens`."""
-        return self.alpha * (num_prefix_tokens + 1) + self.beta + self.gamma - self.lam
+        attention = (self.alpha + self.kappa) * (num_prefix_tokens + 1)
+        return attention + self.beta + self.gamma - self.lam
 
     def batch_cost(self, chunks: Iterable[ChunkShape]) -> float:
         """Seconds of a batch; 0 for an empty one."""
         costs = [self.marginal_cost(chunk) for chunk in chunks]
-        return math.fsum(costs) + self.lam if costs else 0.0
+        return max(self.floor, math.fsum(costs) + self.lam) if costs else 0.0
 
     def chunk_tokens(self, num_prefix_tokens: int, marginal_seconds: float) -> float:
         """Tokens c, not rounded, for which `marginal_cost` is `marginal_seconds`; 0 if none are.
 
         The root of a quadratic equation, written so that it also holds for alpha = 0.
         """
-        seconds = marginal_seconds - (self.gamma - self.lam)
+        seconds = marginal_seconds - (self.gamma - self.lam) - self.kappa * num_prefix_tokens
+        return self._root(num_prefix_tokens, self.beta + self.kappa, seconds)
+
+    def even_tokens(self, chunk: ChunkShape, extra_seconds: float) -> float:
+        """Where to cut `chunk`, not rounded, so that its head costs `extra_seconds` more than its
+        tail; 0 if no head does not cost less.
+        """
+        attention = self.alpha * chunk.num_attended
+        seconds = (extra_seconds + attention + (self.beta + self.kappa) * chunk.num_tokens) / 2
+        return self._root(chunk.num_prefix_tokens, self.beta + self.kappa / 2, seconds)
+
+    def _root(self, num_prefix_tokens: int, token_seconds: float, seconds: float) -> float:
+        """c for which attention and `token_seconds` each are `seconds` in all."""
         if seconds <= 0.0:
             return 0.0
-        linear = self.alpha * (num_prefix_tokens + 0.5) + self.beta
+        linear = self.alpha * (num_prefix_tokens + 0.5) + token_seconds
         return 2.0 * seconds / (linear + math.sqrt(linear * linear + 2.0 * self.alpha * seconds))
 
     def prediction_error(self, samples: Sequence[CostSample]) -> PredictionError:
         """Relative error over `samples`, best over ones that the fit has not seen."""
         errors = [abs(self.batch_cost(s.chunks) - s.seconds) / s.seconds for s in samples]
-        return PredictionError(float(np.mean(errors)), float(np.quantile(errors, 0.95)))
-
-    def to_json(self) -> str:
-        """For the cache."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> CostModel:
-        """Read what `to_json` wrote; CostModelError if it did not."""
-        try:
-            fields = json.loads(text)
-            return cls(**{name: float(fields[name]) for name in cls.__slots__})
-        except (ValueError, TypeError, KeyError) as error:
-            raise CostModelError(f"this is not a cost model: {text[:100]!r}") from error
+        return PredictionError(float(np.mean(errors)), float(np.quantile(errors, 0.90)))
 
 
 #: Every token costs the same: what chunking by token count believes.
 TOKEN_COUNT = CostModel(alpha=0.0, beta=1.0, gamma=0.0, lam=0.0)
 
 
+_MIN_SAMPLES = 4
+#: Batches that take less than this times the floor are not used to fit what tokens cost.
+_NEAR_FLOOR = 1.3
+
+
 def fit_cost_model(samples: Sequence[CostSample]) -> CostModel:
     """Least squares of relative errors, under the constraints of `CostModel`.
 
-    Linear in (alpha, beta, gamma - lam, lam), all of them non-negative. With four unknowns the
-    constrained optimum is found exactly: it is the best of the unconstrained fits of every subset
-    that happen to be non-negative.
+    Linear in (alpha, beta, kappa, gamma - lam, lam), all of them non-negative. With five unknowns
+    the constrained optimum is found exactly: it is the best of the unconstrained fits of every
+    subset that happen to be non-negative. The fastest sample is the floor; those near it say
+    nothing about the rest.
 
     Raises:
         CostModelError: fewer than four samples, or one without chunks or time; or they do not show
             that tokens cost time.
     """
-    if len(samples) < 4 or not all(s.chunks and s.seconds > 0.0 for s in samples):
+    if len(samples) < _MIN_SAMPLES or not all(s.chunks and s.seconds > 0.0 for s in samples):
         raise CostModelError("a cost model needs four timed batches or more, none of them empty")
-    seconds = np.array([sample.seconds for sample in samples])
-    features = np.array([_features(sample.chunks) for sample in samples]) / seconds[:, np.newaxis]
+    floor = min(sample.seconds for sample in samples)
+    above = [sample for sample in samples if sample.seconds > _NEAR_FLOOR * floor]
+    fitted = above if len(above) >= _MIN_SAMPLES else samples
+    seconds = np.array([sample.seconds for sample in fitted])
+    features = np.array([_features(sample.chunks) for sample in fitted]) / seconds[:, np.newaxis]
     scale = np.linalg.norm(features, axis=0)
     scale[scale == 0.0] = 1.0
-    solution = _non_negative_least_squares(features / scale, np.ones(len(samples))) / scale
-    alpha, beta, per_chunk, per_batch = (float(value) for value in solution)
-    return CostModel(alpha, beta, gamma=per_chunk + per_batch, lam=per_batch)
+    solution = _non_negative_least_squares(features / scale, np.ones(len(fitted))) / scale
+    alpha, beta, kappa, per_chunk, per_batch = (float(value) for value in solution)
+    return CostModel(alpha, beta, per_chunk + per_batch, per_batch, kappa, floor)
 
 
-def _features(chunks: Sequence[ChunkShape]) -> tuple[float, float, float, float]:
+def _features(chunks: Sequence[ChunkShape]) -> tuple[float, ...]:
     return (
         math.fsum(chunk.num_attended for chunk in chunks),
         float(sum(chunk.num_tokens for chunk in chunks)),
+        float(sum(map(sum, chunks))),
         float(len(chunks)),
         1.0,
     )
@@ -173,7 +199,7 @@ def _non_negative_least_squares(
         if (values < 0.0).any():
             continue
         residual = features[:, index] @ values - target
-        if float(residual @ residual) < least:
+        if float(residual @ residual) < least * (1.0 - 1e-9):  # tokens first, where all is alike
             least = float(residual @ residual)
             best = np.zeros(features.shape[1])
             best[index] = values

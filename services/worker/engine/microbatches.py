@@ -10,6 +10,7 @@ too small to use the device well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -77,18 +78,15 @@ def split(batch: Microbatch, model: CostModel) -> tuple[Microbatch, Microbatch]:
     while position < len(batch) - 1 and before + costs[position] <= total / 2:
         before += costs[position]
         position += 1
-    chunk = batch[position]
-    # A cut inside this chunk makes one chunk more, which costs `cut_cost`.
-    cut_cost = model.gamma - model.lam
-    num_tokens = model.chunk_tokens(chunk.num_prefix_tokens, (total + cut_cost) / 2 - before)
-    floor = int(min(num_tokens, chunk.num_tokens))
+    chunk, after = batch[position], math.fsum(costs[position + 1 :])
+    floor = int(min(model.even_tokens(chunk.shape, after - before), chunk.num_tokens))
     candidates = {0, 1, floor, floor + 1, chunk.num_tokens - 1, chunk.num_tokens}
 
     def imbalance(num_first: int) -> float:
-        shape = ChunkShape(chunk.num_prefix_tokens, num_first)
-        first = before + (model.marginal_cost(shape) if num_first else 0.0)
-        whole = total + (cut_cost if 0 < num_first < chunk.num_tokens else 0.0)
-        return abs(2 * first - whole)
+        head, tail = chunk.shape.cut(num_first)
+        first = before + (model.marginal_cost(head) if head.num_tokens else 0.0)
+        second = after + (model.marginal_cost(tail) if tail.num_tokens else 0.0)
+        return abs(first - second)
 
     least = 1 if position == 0 else 0  # neither half may be empty
     most = chunk.num_tokens - 1 if position == len(batch) - 1 else chunk.num_tokens
@@ -98,9 +96,8 @@ def split(batch: Microbatch, model: CostModel) -> tuple[Microbatch, Microbatch]:
 
 def _cut(batch: Microbatch, position: int, num_first: int) -> tuple[Microbatch, Microbatch]:
     """Everything before chunk `position` and its first tokens; the rest."""
-    request_index, num_prefix_tokens, num_tokens = batch[position]
-    head = PrefillChunk(request_index, num_prefix_tokens, num_first)
-    tail = PrefillChunk(request_index, num_prefix_tokens + num_first, num_tokens - num_first)
+    chunk = batch[position]
+    head, tail = (PrefillChunk(chunk.request_index, *shape) for shape in chunk.shape.cut(num_first))
     first = (*batch[:position], *((head,) if head.num_tokens else ()))
     second = (*((tail,) if tail.num_tokens else ()), *batch[position + 1 :])
     return first, second

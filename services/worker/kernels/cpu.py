@@ -99,6 +99,8 @@ class CpuKernels:
             cache_dir = cache_dir or default_cache_dir(os.environ) / "kernels"
             library = build_library(find_compiler(os.environ), cache_dir)
         self.num_threads = num_threads
+        #: Tells kernels that were compiled differently apart.
+        self.build_id = library.stem
         self._library = load_library(library)
         self.panel_width = int(self._library.panel_width())
         self.block_size = int(self._library.kv_block_size())

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
+
+from services.worker.engine.cost_model import ChunkShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +41,29 @@ class ForwardBatch:
     block_table: torch.Tensor  # [num_seqs, max_blocks] int32, padded with 0
     logits_rows: torch.Tensor  # [num_logits] int64: rows of tokens whose logits are wanted
     end_position: int  # above every position
+    chunks: tuple[ChunkShape, ...]  # what it costs depends on these
 
 
 def make_batch(slices: Sequence[SequenceSlice], block_size: int) -> ForwardBatch:
-    """Lay out the slices of a step, in the order given."""
-    lengths = torch.tensor([len(item.token_ids) for item in slices])
-    starts = torch.tensor([item.start for item in slices])
-    ends = torch.cumsum(lengths, dim=0)  # [num_seqs]
-    num_tokens = int(ends[-1])
-    sequence = torch.repeat_interleave(torch.arange(len(slices)), lengths)  # [num_tokens]
-    positions = torch.arange(num_tokens) - (ends - lengths)[sequence] + starts[sequence]
-    tables = [torch.tensor(item.block_table, dtype=torch.int32) for item in slices]
-    block_table = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)
-    blocks = block_table[sequence, positions // block_size].to(torch.int64)
-    wanted = torch.tensor([item.wants_token for item in slices])
+    """Lay out the slices of a step, in the order given. In NumPy: tensors this small cost more."""
+    chunks = tuple(ChunkShape(item.start, len(item.token_ids)) for item in slices)
+    starts, lengths = np.array(chunks, dtype=np.int64).T
+    ends = np.cumsum(lengths)  # [num_seqs]
+    sequence = np.repeat(np.arange(len(slices)), lengths)  # [num_tokens]
+    positions = np.arange(ends[-1]) - np.repeat(ends - lengths - starts, lengths)
+    block_table = np.zeros((len(slices), max(len(s.block_table) for s in slices)), np.int32)
+    for row, item in zip(block_table, slices, strict=True):
+        row[: len(item.block_table)] = item.block_table
+    blocks = block_table[sequence, positions // block_size].astype(np.int64)
+    token_ids = np.fromiter(chain.from_iterable(s.token_ids for s in slices), np.int64, ends[-1])
     return ForwardBatch(
-        token_ids=torch.tensor([token for item in slices for token in item.token_ids]),
-        positions=positions,
-        slot_mapping=blocks * block_size + positions % block_size,
-        cu_seqlens_q=torch.nn.functional.pad(ends, (1, 0)).to(torch.int32),
-        seqused_k=(starts + lengths).to(torch.int32),
-        block_table=block_table,
-        logits_rows=(ends - 1)[wanted],
-        end_position=max(item.start + len(item.token_ids) for item in slices),
+        token_ids=torch.from_numpy(token_ids),
+        positions=torch.from_numpy(positions),
+        slot_mapping=torch.from_numpy(blocks * block_size + positions % block_size),
+        cu_seqlens_q=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
+        seqused_k=torch.from_numpy((starts + lengths).astype(np.int32)),
+        block_table=torch.from_numpy(block_table),
+        logits_rows=torch.from_numpy((ends - 1)[np.array([s.wants_token for s in slices])]),
+        end_position=int((starts + lengths).max()),
+        chunks=chunks,
     )

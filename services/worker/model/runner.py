@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 import torch
 
 from services.worker.engine.block_manager import BlockMove
+from services.worker.engine.profile import ModelProfile
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.memory.cpu import CpuMemory
 from services.worker.memory.pool import MemoryPool
-from services.worker.memory.sizing import check_budget
+from services.worker.memory.sizing import check_budget, chunks_for
 from services.worker.model.batch import ForwardBatch, SequenceSlice, make_batch
 from services.worker.model.checkpoint import Checkpoint
 from services.worker.model.layers.factory import make_decoder_layers
-from services.worker.model.plan import ModelPlan
+from services.worker.model.plan import ArenaPlan, ModelPlan
 from services.worker.model.sampler import SampledToken, SamplingRow, sample
 from services.worker.model.stage import Stage
 from shared.layout import Span
@@ -45,6 +47,15 @@ class RunnerConfig:
     chunk_bytes: int
     max_num_batched_tokens: int
     max_model_len: int | None
+
+
+class PartBytes(NamedTuple):
+    """Memory of one decoder layer, of the ends, and of a whole model, which may share its ends."""
+
+    layer: int
+    embedding: int
+    head: int
+    whole: int
 
 
 class ModelRunner:
@@ -73,6 +84,8 @@ class ModelRunner:
         self.max_model_len = min(limit, self.num_blocks * self.block_size)
         #: Blocks it has when it holds every layer.
         self.replica_blocks = self.num_blocks
+        #: What batches cost here, once it is measured.
+        self.profile: ModelProfile | None = None
 
     @classmethod
     def load(cls, runner_config: RunnerConfig, kernels: CpuKernels) -> ModelRunner:
@@ -131,6 +144,22 @@ class ModelRunner:
     def num_blocks(self) -> int:
         """KV blocks that every layer of the span has."""
         return self.pool.num_kv_blocks(range(self.span.start, self.span.end))
+
+    @property
+    def part_bytes(self) -> PartBytes:
+        """What the parts of the model take of the budget, in whole chunks."""
+
+        def mapped(*arenas: ArenaPlan) -> int:
+            chunk_bytes = self.pool.chunk_bytes
+            return chunk_bytes * sum(chunks_for(a.layout.nbytes, chunk_bytes) for a in arenas)
+
+        plan, whole = self._plan, Span(start=0, end=self.config.num_layers)
+        return PartBytes(
+            layer=mapped(plan.arenas(whole)[0]),
+            embedding=mapped(plan.embedding),
+            head=mapped(plan.head),
+            whole=mapped(*plan.arenas(whole)),
+        )
 
     # --- computing -------------------------------------------------------------------------------
 

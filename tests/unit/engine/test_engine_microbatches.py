@@ -28,11 +28,12 @@ work_lists = st.lists(
     st.builds(ChunkShape, st.integers(0, 300), st.integers(0, 120)), min_size=1, max_size=8
 )
 models = st.builds(
-    lambda alpha, beta, lam, extra: CostModel(alpha, beta, lam + extra, lam),
+    lambda alpha, beta, lam, extra, kappa: CostModel(alpha, beta, lam + extra, lam, kappa),
     st.floats(0.0, 0.1),
     st.floats(0.01, 2.0),
     st.floats(0.0, 20.0),
     st.floats(0.0, 10.0),
+    st.floats(0.0, 0.5),
 )
 
 

@@ -14,9 +14,10 @@ from services.worker.engine.outputs import SchedulerOutput
 
 coefficients = st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 50.0])
 cost_models = st.builds(
-    lambda alpha, beta, lam, extra: CostModel(alpha, beta, lam + extra, lam),
+    lambda alpha, beta, lam, extra, kappa: CostModel(alpha, beta, lam + extra, lam, kappa),
     coefficients,
     st.sampled_from([1e-6, 1e-3, 1.0]),
+    coefficients,
     coefficients,
     coefficients,
 )
