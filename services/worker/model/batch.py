@@ -10,7 +10,7 @@ slot_mapping  where each token's key and value go: block * block_size + offset
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -42,6 +42,34 @@ class ForwardBatch:
     logits_rows: torch.Tensor  # [num_logits] int64: rows of tokens whose logits are wanted
     end_position: int  # above every position
     chunks: tuple[ChunkShape, ...]  # what it costs depends on these
+
+    def to(self, device: torch.device) -> ForwardBatch:
+        """The batch on `device`; the copies are ordered before what is launched next there."""
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            slot_mapping=self.slot_mapping.to(device, non_blocking=True),
+            cu_seqlens_q=self.cu_seqlens_q.to(device, non_blocking=True),
+            seqused_k=self.seqused_k.to(device, non_blocking=True),
+            block_table=self.block_table.to(device, non_blocking=True),
+            logits_rows=self.logits_rows.to(device, non_blocking=True),
+        )
+
+    @property
+    def min_seqlen_q(self) -> int:
+        """Tokens of the shortest slice."""
+        return min(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def max_seqlen_q(self) -> int:
+        """Tokens of the longest slice."""
+        return max(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def max_seqlen_k(self) -> int:
+        """At least the largest `seqused_k`."""
+        return self.end_position
 
 
 def make_batch(slices: Sequence[SequenceSlice], block_size: int) -> ForwardBatch:

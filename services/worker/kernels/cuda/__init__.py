@@ -1,0 +1,1 @@
+"""Triton kernels of CUDA workers. Nothing else imports this, so that others need no Triton."""

@@ -1,0 +1,51 @@
+"""The Triton kernels as `LayerOps`. Has run in Triton's interpreter only, never on a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from services.worker.kernels.cuda.attention import TritonAttention
+from services.worker.kernels.cuda.elementwise import rms_norm, rope_and_store, silu_mul
+from services.worker.kernels.ops import HeadNorms, RotatedBatch
+from services.worker.model.batch import ForwardBatch
+
+
+class TritonOps:
+    """Implements `LayerOps` for requests of up to `max_model_len` tokens."""
+
+    def __init__(self, max_model_len: int) -> None:
+        self._attention = TritonAttention(max_model_len)
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+    ) -> None:
+        """out = x / sqrt(mean(x ** 2) + eps) * weight, row by row."""
+        rms_norm(x, weight, eps, out)
+
+    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        """out = silu(gate) * up."""
+        silu_mul(gate_up, out)
+
+    def rope_and_store(
+        self,
+        qkv: torch.Tensor,
+        rotated: RotatedBatch,
+        norms: HeadNorms | None,
+        kv_cache: torch.Tensor,
+    ) -> None:
+        """(Normalise and) rotate q in place and k, and store k and v at their slots."""
+        rope_and_store(qkv, kv_cache, rotated, norms)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: ForwardBatch,
+        scale: float,
+        sliding_window: int,
+        out: torch.Tensor,
+    ) -> None:
+        """Causal grouped-query attention over the paged KV."""
+        self._attention.forward(
+            query, kv_cache, batch, scale=scale, sliding_window=sliding_window, out=out
+        )
