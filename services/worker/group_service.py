@@ -17,6 +17,7 @@ from services.worker.engine.request import KvKey
 from services.worker.engine_thread import EngineThread, FrameReceived, LinkDown, ReleaseKv
 from services.worker.identity import ModelFacts
 from services.worker.layout_follower import LayoutFollower
+from services.worker.links.base import Transport
 from services.worker.links.config import LinkConfig
 from services.worker.links.context import EndpointAddress, LinkContext, LinkHandlers
 from services.worker.links.endpoint import LinkEndpoint
@@ -159,11 +160,14 @@ class GroupService:
 
     def _link_context(self) -> LinkContext:
         settings, engine, transition = self._settings, self._engine, self._transition
+        transports = tuple(Transport) if settings.link_shared_memory else (Transport.TCP,)
         return LinkContext(
             worker_id=settings.worker_id,
             bus=self._bus,
             subjects=self._subjects,
-            address=EndpointAddress(settings.link_host, settings.link_advertise, host_id()),
+            address=EndpointAddress(
+                settings.link_host, settings.link_advertise, host_id(), transports
+            ),
             config=LinkConfig(bandwidth_bytes_per_second=settings.link_bandwidth),
             handlers=LinkHandlers(
                 on_link=transition.links.on_link,

@@ -95,6 +95,9 @@ class WorkerSettings(ServiceSettings):
     link_bandwidth: ByteSize | None = Field(
         default=None, ge=4096, description="emulate links of so many bytes per second, e.g. 10MiB"
     )
+    link_shared_memory: bool = Field(
+        default=True, description="use shared memory between workers of one host, else TCP"
+    )
     admin_host: str = Field(default="127.0.0.1", description="address of /live, /ready, /metrics")
     admin_port: int | None = Field(
         default=None,

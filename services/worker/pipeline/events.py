@@ -71,7 +71,9 @@ class Phase(Enum):
     """A part of a change of the layout, as this worker sees it."""
 
     COMMIT = "commit"  # until the memory of given-up layers is usable KV
-    EXCHANGE = "exchange"  # from then until no request is left on the layout before
+    FIRST_BATCH = "first_batch"  # from there until the first batch of a busy leader
+    FIRST_TOKEN = "first_token"  # ... until what came of it
+    EXCHANGE = "exchange"  # ... until no request is left on the layout before
     LOAD = "load"  # of missing layers, while the worker serves
 
 

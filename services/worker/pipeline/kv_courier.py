@@ -23,12 +23,17 @@ TableLookup = Callable[[KvKey], Sequence[int] | None]
 
 
 class KvCourier:
-    """One member's side of all exchanges of a group."""
+    """One member's side of all exchanges of a group.
+
+    Attributes:
+        num_bytes: of KV sent and received so far.
+    """
 
     def __init__(self, peers: GroupPeers, runner: ModelRunner, lookup: TableLookup) -> None:
         self._peers = peers
         self._runner = runner
         self._lookup = lookup
+        self.num_bytes = 0
         self._serial = 0
         self._num_awaited: dict[int, int] = {}  # parts, by serial
         self._early: list[tuple[KvPart, Buffer]] = []
@@ -65,6 +70,7 @@ class KvCourier:
         table = self._lookup(part.key)
         if table is None:
             return []
+        self.num_bytes += len(buffer)
         scatter_kv(self._runner, self._covering(table, part), part.start, part.end, buffer)
         return [part.key] if is_last else []
 
@@ -80,6 +86,7 @@ class KvCourier:
             end=end,
         )
         gathered = gather_kv(self._runner, self._covering(table, part), start, end)
+        self.num_bytes += gathered.nbytes
         self._peers.send_bulk(destination, FrameKind.KV_PART, part, as_buffer(gathered))
 
     def _covering(self, table: Sequence[int], part: KvPart) -> Sequence[int]:

@@ -23,7 +23,7 @@ from services.worker.links.base import LinkFrame
 from services.worker.model.batch import make_batch
 from services.worker.model.runner import ModelRunner
 from services.worker.model.sampler import SampledToken
-from services.worker.pipeline.events import Adopted, Dissolved, EventSink, Settled
+from services.worker.pipeline.events import Adopted, Dissolved, EventSink, Phase, Settled
 from services.worker.pipeline.handover import unpack_request
 from services.worker.pipeline.kv_courier import KvCourier
 from services.worker.pipeline.kv_transfer import as_buffer
@@ -44,6 +44,7 @@ from services.worker.pipeline.messages import (
     Tokens,
 )
 from services.worker.pipeline.peers import GroupPeers
+from services.worker.pipeline.phase_timer import PhaseTimer
 from services.worker.pipeline.rows import microbatch
 
 #: Requests whose KV travels at once: enough to keep the links busy between two batches.
@@ -61,6 +62,8 @@ class PipelineLeader:
         self._runner = runner
         self._scheduler = scheduler
         self._emit = emit
+        self._timer = PhaseTimer(emit)
+        self._was_idle = True
         self._courier = KvCourier(peers, runner, self._table)
         self._in_flight: dict[int, SchedulerOutput] = {}
         self._num_orders = 0
@@ -76,6 +79,7 @@ class PipelineLeader:
         self._scheduler.relocation.enter(self.peers.route)
         self._scheduler.relocation.park_running()
         self._scheduler.blocks.grow(self._runner.keep(self.peers.span))
+        self._was_idle = not self._scheduler.requests
 
     def handle(self, frame: LinkFrame, now: float) -> BatchOutcome | None:
         """Act on a frame of a follower; a batch may have come back with it.
@@ -169,8 +173,12 @@ class PipelineLeader:
         self._flush_releases()  # first: what this batch takes may be what they free
         self._in_flight[output.step] = output
         self.peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))
+        if not self._was_idle:
+            self._timer.over(Phase.FIRST_BATCH)
 
     def _outcome(self, message: Tokens) -> BatchOutcome:
+        if not self._was_idle:
+            self._timer.over(Phase.FIRST_TOKEN)
         sampled = map(SampledToken, message.token_ids, message.logprobs)
         return BatchOutcome(self._in_flight.pop(message.step), tuple(sampled), message.error)
 
@@ -236,6 +244,7 @@ class PipelineLeader:
         self._is_settled = True
         self.peers.send_next(FrameKind.SETTLE, Settle())
         self._scheduler.blocks.grow(self._runner.settle())
+        self._timer.over(Phase.EXCHANGE, self._courier.num_bytes)
         self._emit(Settled(self.peers.key, model_facts(self._runner)))
 
     def _order(self, request: Request, transfers: tuple[Transfer, ...]) -> None:

@@ -16,7 +16,7 @@ from services.worker.facts import model_facts
 from services.worker.links.base import Buffer, LinkFrame
 from services.worker.model.batch import SequenceSlice, make_batch
 from services.worker.model.runner import ModelRunner
-from services.worker.pipeline.events import Dissolved, EventSink, HandedOver, Settled
+from services.worker.pipeline.events import Dissolved, EventSink, HandedOver, Phase, Settled
 from services.worker.pipeline.kv_courier import KvCourier
 from services.worker.pipeline.kv_transfer import as_buffer, float_tensor
 from services.worker.pipeline.messages import (
@@ -34,6 +34,7 @@ from services.worker.pipeline.messages import (
     Tokens,
 )
 from services.worker.pipeline.peers import GroupPeers
+from services.worker.pipeline.phase_timer import PhaseTimer
 from services.worker.pipeline.restoration import Restoration, RestorationState
 from services.worker.pipeline.rows import sampling_row
 from shared.layout import Span
@@ -52,6 +53,7 @@ class FollowerStage:
         self._scheduler = scheduler
         self._blocks = scheduler.blocks.stage
         self._emit = emit
+        self._timer = PhaseTimer(emit)
         self._courier = KvCourier(peers, runner, self._table)
         self._restoration: Restoration | None = None
         self._is_alone = False
@@ -236,6 +238,7 @@ class FollowerStage:
         """No KV of layers given up is needed any more: let the leader use its memory."""
         self.peers.send_next(FrameKind.SETTLE, message)
         self._send_capacity(self._lend_all(self._runner.settle()))
+        self._timer.over(Phase.EXCHANGE, self._courier.num_bytes)
         self._emit(Settled(self.peers.key, model_facts(self._runner)))
 
     def _lend_all(self, num_blocks: int) -> int:

@@ -1,0 +1,22 @@
+"""Tells how long the phases of a drop took on this worker, each once."""
+
+from __future__ import annotations
+
+import time
+
+from services.worker.pipeline.events import EventSink, Phase, PhaseTimed
+
+
+class PhaseTimer:
+    """Runs from a commit on. Engine thread only."""
+
+    def __init__(self, emit: EventSink) -> None:
+        self._emit = emit
+        self._began_at = time.perf_counter()
+        self._over: set[Phase] = set()
+
+    def over(self, phase: Phase, num_bytes: int = 0) -> None:
+        """The phase is over; nothing happens where that was said before."""
+        if phase not in self._over:
+            self._over.add(phase)
+            self._emit(PhaseTimed(phase, time.perf_counter() - self._began_at, num_bytes))
