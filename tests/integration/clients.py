@@ -33,17 +33,39 @@ def completion(number: int, max_tokens: int = 300, **fields: Any) -> dict[str, A
     }
 
 
+def chat(number: int, max_tokens: int = 300, **fields: Any) -> dict[str, Any]:
+    """The same as `completion`, as a chat."""
+    body = completion(number, max_tokens, **fields)
+    content = f"{body.pop('prompt')}, is it not?"
+    return {**body, "messages": [{"role": "user", "content": content}]}
+
+
 @dataclass
 class Answer:
-    """One completion as its client has seen it so far."""
+    """One completion or chat completion as its client has seen it so far."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    logprobs: list[Any] = field(default_factory=list)
+
+    def continues_as(self, whole: Answer) -> bool:
+        """True if this is the beginning of `whole`, or all of it."""
+        if self.finish_reason is not None:
+            return self == whole
+        num_tokens = len(self.token_ids)
+        return (
+            whole.text.startswith(self.text)
+            and whole.token_ids[:num_tokens] == self.token_ids
+            and whole.logprobs[: len(self.logprobs)] == self.logprobs
+        )
 
 
 class Stream:
-    """A streamed completion on a connection of its own; `answer` grows while it runs."""
+    """A streamed answer on a connection of its own; `answer` grows while it runs.
+
+    A body with messages is a chat completion, any other a completion.
+    """
 
     def __init__(self, url: str, body: dict[str, Any]) -> None:
         self.answer = Answer()
@@ -70,7 +92,7 @@ class Stream:
         async with (
             asyncio.timeout(ANSWER_SECONDS),
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session,
-            session.post(f"{url}/v1/completions", json=body) as response,
+            session.post(f"{url}/v1/{_endpoint(body)}", json=body) as response,
         ):
             assert response.status == 200, await response.text()
             ended = False
@@ -88,9 +110,25 @@ class Stream:
         assert "error" not in chunk, chunk
         (choice,) = chunk["choices"]
         assert self.answer.finish_reason is None, f"{chunk} after the end"
-        self.answer.text += choice["text"]
+        self.answer.text += choice["text"] if "text" in choice else choice["delta"]["content"]
         self.answer.token_ids += choice.get("token_ids", [])
+        self.answer.logprobs += _logprobs(choice)
         self.answer.finish_reason = choice["finish_reason"]
+
+
+def _endpoint(body: dict[str, Any]) -> str:
+    return "chat/completions" if "messages" in body else "completions"
+
+
+def _logprobs(choice: dict[str, Any]) -> list[Any]:
+    """What a chunk says of its tokens, one entry for each."""
+    logprobs = choice.get("logprobs")
+    if logprobs is None:
+        return []
+    if "content" in logprobs:
+        return list(logprobs["content"])
+    columns = (logprobs[name] for name in ("tokens", "token_logprobs", "top_logprobs"))
+    return list(zip(*columns, strict=True))
 
 
 class Streams:
@@ -101,14 +139,14 @@ class Streams:
     """
 
     def __init__(self, urls: Sequence[str], bodies: Sequence[dict[str, Any]]) -> None:
+        self.bodies = bodies
         self._urls = urls
-        self._bodies = bodies
         self.streams: list[Stream] = []
 
     async def __aenter__(self) -> Self:
         self.streams = [
             Stream(self._urls[index % len(self._urls)], body)
-            for index, body in enumerate(self._bodies)
+            for index, body in enumerate(self.bodies)
         ]
         return self
 
@@ -129,6 +167,18 @@ class Streams:
             return all(stream.num_tokens >= num_tokens for stream in self.streams)
 
         await eventually(have_all, ANSWER_SECONDS)
+
+    async def wait_more(self, num_tokens: int) -> None:
+        """Return when every stream has so many tokens more than now, or has come to its end."""
+        goals = [stream.num_tokens + num_tokens for stream in self.streams]
+
+        def have_more() -> bool:
+            return all(
+                stream.is_over or stream.num_tokens >= goal
+                for stream, goal in zip(self.streams, goals, strict=True)
+            )
+
+        await eventually(have_more, ANSWER_SECONDS)
 
     async def answers(self) -> list[Answer]:
         """The whole answers of all streams."""

@@ -106,12 +106,24 @@ class Cluster:
         status, body = await self._get(f"{process.url}/debug/state")
         return body if status == 200 else None
 
-    async def metric(self, process: ServiceProcess, name: str) -> float:
-        """The sum of a metric of one process over all labels; fails where there is none."""
+    async def probe(self, process: ServiceProcess, name: str) -> Any:
+        """What a part of a process answers when it is asked (`GET /debug/NAME`)."""
+        status, body = await self._get(f"{process.url}/debug/{name}")
+        assert status == 200, f"{process.name}: {body}"
+        return body
+
+    async def metric(
+        self, process: ServiceProcess, name: str, labels: Mapping[str, str] | None = None
+    ) -> float:
+        """The sum of a metric of one process over all samples with `labels`; fails without any."""
+        wanted = (labels or {}).items()
         async with aiohttp.ClientSession() as session, session.get(f"{process.url}/metrics") as r:
             families = text_string_to_metric_families(await r.text())
         values = [
-            sample.value for family in families for sample in family.samples if sample.name == name
+            sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == name and wanted <= sample.labels.items()
         ]
         if not values:
             pytest.fail(f"{process.name} has no metric {name}")
