@@ -98,6 +98,7 @@ class CpuKernels:
         if library is None:
             cache_dir = cache_dir or default_cache_dir(os.environ) / "kernels"
             library = build_library(find_compiler(os.environ), cache_dir)
+        self.device, self.dtype = torch.device("cpu"), torch.float32
         self.num_threads = num_threads
         #: Tells kernels that were compiled differently apart.
         self.build_id = library.stem

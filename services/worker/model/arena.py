@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from services.worker.kernels.cpu import CpuKernels
+from services.worker.kernels.base import Kernels
 from services.worker.memory.tensors import tensor_at
 
 _ALIGNMENT_BYTES = 64
@@ -41,7 +41,7 @@ class PartSpec:
 class ArenaLayout:
     """Offsets of the parts of an arena."""
 
-    def __init__(self, parts: Sequence[PartSpec], kernels: CpuKernels) -> None:
+    def __init__(self, parts: Sequence[PartSpec], kernels: Kernels) -> None:
         self._kernels = kernels
         self._parts = {part.name: part for part in parts}
         self._offsets: dict[str, int] = {}
@@ -55,11 +55,18 @@ class ArenaLayout:
         if part.is_packed:
             n, k = part.shape
             return self._kernels.packed_nbytes(n, k)
-        return 4 * part.shape[0]
+        return self._kernels.dtype.itemsize * part.shape[0]
 
     def address(self, base_address: int, name: str) -> int:
         """Address of part `name` in an arena at `base_address`; 0 where it has no such part."""
         return base_address + self._offsets[name] if name in self._offsets else 0
+
+    def view(self, base_address: int, name: str) -> torch.Tensor:
+        """Part `name` of an arena as a tensor; not for one that is packed in a way of its own."""
+        part, kernels = self._parts[name], self._kernels
+        return tensor_at(
+            self.address(base_address, name), part.shape, kernels.dtype, kernels.device
+        )
 
     def fill(self, base_address: int, read: Callable[[str], torch.Tensor]) -> Iterator[int]:
         """Write a mapped arena, piece by piece: it is whole when the iterator is exhausted.
@@ -76,7 +83,7 @@ class ArenaLayout:
             if part.is_packed:
                 yield from self._pack(part, address, sources)
             else:
-                tensor_at(address, part.shape).copy_(torch.cat(sources))
+                self.view(base_address, part.name).copy_(torch.cat(sources))
                 yield self._nbytes(part)
 
     def _pack(self, part: PartSpec, address: int, sources: list[torch.Tensor]) -> Iterator[int]:
@@ -87,7 +94,7 @@ class ArenaLayout:
         num_rows = num_panels * self._kernels.panel_width
         for start in range(0, n, num_rows):
             rows = _rows(sources, start, min(start + num_rows, n))
-            self._kernels.pack_weight(rows.to(torch.float32).contiguous(), address)
+            self._kernels.pack_weight(rows.to(self._kernels.dtype).contiguous(), address)
             nbytes = self._kernels.packed_nbytes(len(rows), k)
             address += nbytes
             yield nbytes

@@ -10,8 +10,9 @@ is no head's arena, and the last span needs the embedding's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from services.worker.kernels.cpu import CpuKernels
+from services.worker.kernels.base import Kernels
 from services.worker.model.arena import ArenaLayout, PartSpec
 from services.worker.model.checkpoint import EMBEDDING, FINAL_NORM, LM_HEAD
 from services.worker.model.config import ModelConfig
@@ -20,7 +21,6 @@ from shared.layout import Span
 
 EMBEDDING_ARENA = "embedding"
 HEAD_ARENA = "head"
-_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +36,11 @@ class ArenaPlan:
 class ModelPlan:
     """Arenas of one model. Parts of the outer arenas are called by their checkpoint names."""
 
-    def __init__(self, config: ModelConfig, layers: DecoderLayers, kernels: CpuKernels) -> None:
+    def __init__(self, config: ModelConfig, layers: DecoderLayers[Any], kernels: Kernels) -> None:
         self.config = config
         self.layers = layers
         self.block_size = kernels.block_size
+        self.dtype = kernels.dtype
         shape = (config.vocab_size, config.hidden_size)
         norm = PartSpec(FINAL_NORM, (config.hidden_size,), (FINAL_NORM,))
         head = PartSpec(LM_HEAD, shape, (LM_HEAD,))
@@ -79,11 +80,11 @@ class ModelPlan:
 
     @property
     def kv_block_shape(self) -> tuple[int, int, int, int]:
-        """One block of one layer: `[2, block_size, num_kv_heads, head_dim]` float32."""
+        """One block of one layer: `[2, block_size, num_kv_heads, head_dim]` of `dtype`."""
         return 2, self.block_size, self.config.num_kv_heads, self.config.head_dim
 
     @property
     def kv_block_bytes(self) -> int:
         """Bytes of one block of one layer."""
         two, block_size, num_kv_heads, head_dim = self.kv_block_shape
-        return _FLOAT_BYTES * two * block_size * num_kv_heads * head_dim
+        return self.dtype.itemsize * two * block_size * num_kv_heads * head_dim

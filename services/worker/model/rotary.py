@@ -15,6 +15,7 @@ from services.worker.model.transformers_config import transformers_config
 from shared.errors import ConfigError
 
 _PAGE_POSITIONS = 2048
+_CPU = torch.device("cpu")
 
 #: Kinds whose frequencies change with the length of the prompt.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -23,10 +24,10 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 class RotaryTable:
     """cos and sin, each `[positions, head_dim]` float32, the two halves equal (rotate_half)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device = _CPU) -> None:
         """Raises ConfigError for a kind of rotary embedding that is not served."""
         self._frequencies, self._scaling = _inverse_frequencies(config)  # [head_dim / 2]
-        self._cos = self._sin = torch.empty(0, config.head_dim)
+        self._cos = self._sin = torch.empty(0, config.head_dim, device=device)
 
     def rows(
         self,
@@ -43,8 +44,8 @@ class RotaryTable:
         positions = torch.arange(start, start + _PAGE_POSITIONS, dtype=torch.float32)
         angles = positions[:, None] * self._frequencies[None, :]  # [page, head_dim / 2]
         both_halves = torch.cat((angles, angles), dim=-1)
-        self._cos = torch.cat((self._cos, both_halves.cos() * self._scaling))
-        self._sin = torch.cat((self._sin, both_halves.sin() * self._scaling))
+        self._cos = torch.cat((self._cos, (both_halves.cos() * self._scaling).to(self._cos.device)))
+        self._sin = torch.cat((self._sin, (both_halves.sin() * self._scaling).to(self._sin.device)))
 
 
 def _inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:

@@ -11,10 +11,11 @@ what one whole stage computes: a layer does not know who ran the layer before.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from services.worker.kernels.cpu import AttentionBatch, CpuKernels
+from services.worker.kernels.base import Kernels
 from services.worker.memory.pool import MemoryPool
 from services.worker.memory.tensors import tensor_at
 from services.worker.model.batch import ForwardBatch
@@ -34,7 +35,7 @@ class Stage:
         span: Span,
         checkpoint: Checkpoint,
         pool: MemoryPool,
-        kernels: CpuKernels,
+        kernels: Kernels,
     ) -> None:
         """Reserve the KV ranges of `span`, the most this stage will ever hold; loads nothing.
 
@@ -47,15 +48,17 @@ class Stage:
         self._checkpoint = checkpoint
         self._pool = pool
         self._kernels = kernels
-        self._rotary = RotaryTable(plan.config)
+        self._rotary = RotaryTable(plan.config, kernels.device)
         self._addresses: dict[str, int] = {}  # of every arena ever loaded; they never move
         self._resident: set[str] = set()  # arenas that are mapped and filled
-        self._layers: dict[int, DecoderLayer] = {}  # resident ones
+        self._layers: dict[int, DecoderLayer[Any]] = {}  # resident ones
         max_blocks = pool.budget_bytes // plan.kv_block_bytes
         self._kv_caches: dict[int, torch.Tensor] = {}
         for layer in range(span.start, span.end):
             region = pool.kv_region(layer, plan.kv_block_bytes)
-            self._kv_caches[layer] = tensor_at(region.address, (max_blocks, *plan.kv_block_shape))
+            self._kv_caches[layer] = tensor_at(
+                region.address, (max_blocks, *plan.kv_block_shape), kernels.dtype, kernels.device
+            )
 
     # --- weights come and go ---------------------------------------------------------------------
 
@@ -121,7 +124,12 @@ class Stage:
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states `[num_tokens, hidden]` of `token_ids` `[num_tokens]`; first stage only."""
-        hidden = torch.empty(token_ids.numel(), self._config.hidden_size)
+        hidden = torch.empty(
+            token_ids.numel(),
+            self._config.hidden_size,
+            dtype=self._kernels.dtype,
+            device=self._kernels.device,
+        )
         table = self._part(self._plan.embedding, EMBEDDING)
         self._kernels.embedding(table, self._config.vocab_size, token_ids, hidden)
         return hidden
@@ -138,36 +146,33 @@ class Stage:
             ValueError: a layer of `span` is not loaded.
         """
         cos, sin = self._rotary.rows(batch.positions, batch.end_position)
-        attention = AttentionBatch(
-            cos=cos,
-            sin=sin,
-            slot_mapping=batch.slot_mapping,
-            block_table=batch.block_table,
-            cu_seqlens_q=batch.cu_seqlens_q,
-            seqused_k=batch.seqused_k,
-        )
+        step = self._plan.layers.prepare(batch, cos, sin)
         for layer in range(span.start, span.end):
             if layer not in self._layers:
                 raise ValueError(f"layer {layer} is not loaded")
-            self._layers[layer].forward(hidden, attention)
+            self._layers[layer].forward(hidden, step)
 
     def logits(
         self,
         hidden: torch.Tensor,  # [num_tokens, hidden]
         rows: torch.Tensor,  # [num_logits] int64
-    ) -> torch.Tensor:  # [num_logits, vocab]
+    ) -> torch.Tensor:  # [num_logits, vocab] float32
         """Logits of the given rows; last stage only."""
         config, head = self._config, self._plan.head
         selected = hidden[rows]
-        norm = tensor_at(self._part(head, FINAL_NORM), (config.hidden_size,))
+        norm = head.layout.view(self._base(head), FINAL_NORM)
         self._kernels.rms_norm(selected, norm, config.rms_norm_eps, selected)
-        logits = torch.empty(rows.numel(), config.vocab_size)
+        logits = torch.empty(rows.numel(), config.vocab_size, device=self._kernels.device)
         matrix = self._part(head, self._plan.head_matrix)
         self._kernels.linear(selected, matrix, config.vocab_size, logits)
         return logits
 
     def _part(self, arena: ArenaPlan, name: str) -> int:
         """Address of a part of an outer arena."""
+        return arena.layout.address(self._base(arena), name)
+
+    def _base(self, arena: ArenaPlan) -> int:
+        """Address of an outer arena."""
         if arena.name not in self._resident:
             raise ValueError(f"the arena {arena.name!r} is not loaded")
-        return arena.layout.address(self._addresses[arena.name], name)
+        return self._addresses[arena.name]

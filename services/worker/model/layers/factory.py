@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from services.worker.attention.cpu import CpuAttention
 from services.worker.kernels.cpu import MAX_HEAD_DIM, MAX_HEADS_PER_KV_HEAD, CpuKernels
 from services.worker.model.config import ModelConfig
@@ -21,7 +23,7 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def make_decoder_layers(
     config: ModelConfig, kernels: CpuKernels, max_num_tokens: int
-) -> DecoderLayers:
+) -> DecoderLayers[Any]:
     """What stores and makes the layers of `config`, for batches of up to `max_num_tokens`.
 
     Raises:

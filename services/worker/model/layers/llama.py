@@ -15,7 +15,9 @@ import torch
 from services.worker.kernels.cpu import AttentionBatch, CpuKernels
 from services.worker.kernels.library import LayerGeometry, LlamaLayerWeights
 from services.worker.model.arena import ArenaLayout, PartSpec
+from services.worker.model.batch import ForwardBatch
 from services.worker.model.config import ModelConfig
+from services.worker.model.layers.cpu_batch import attention_batch
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -60,6 +62,10 @@ class LlamaLayers:
     def layout(self) -> ArenaLayout:
         """The arena of a layer."""
         return self._layout
+
+    def prepare(self, batch: ForwardBatch, cos: torch.Tensor, sin: torch.Tensor) -> AttentionBatch:
+        """The batch as the kernels take it."""
+        return attention_batch(batch, cos, sin)
 
     def make(
         self,

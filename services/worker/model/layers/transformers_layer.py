@@ -29,7 +29,9 @@ from services.worker.attention.base import PagedAttention
 from services.worker.kernels.cpu import AttentionBatch, CpuKernels
 from services.worker.memory.tensors import tensor_at
 from services.worker.model.arena import ArenaLayout, PartSpec
+from services.worker.model.batch import ForwardBatch
 from services.worker.model.config import ModelConfig
+from services.worker.model.layers.cpu_batch import attention_batch
 from services.worker.model.transformers_config import transformers_config
 from shared.errors import ConfigError
 
@@ -141,6 +143,10 @@ class TransformersLayers:
     def layout(self) -> ArenaLayout:
         """The arena of a layer."""
         return self._layout
+
+    def prepare(self, batch: ForwardBatch, cos: torch.Tensor, sin: torch.Tensor) -> AttentionBatch:
+        """The batch as the kernels take it."""
+        return attention_batch(batch, cos, sin)
 
     def make(
         self,
