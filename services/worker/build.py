@@ -18,13 +18,13 @@ from services.worker.engine.block_manager import BlockManager
 from services.worker.engine.config import SchedulerConfig
 from services.worker.engine.cost_model import TOKEN_COUNT, CostModelError
 from services.worker.engine.profile import ModelProfile
+from services.worker.engine.routes import Route
 from services.worker.engine.scheduler import Scheduler
 from services.worker.facts import model_facts
 from services.worker.identity import ModelFacts
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.model.profiler import profile_model
 from services.worker.model.runner import ModelRunner, RunnerConfig
-from services.worker.pipeline.leader_restore import replica_route
 from services.worker.pipeline.member import GroupMember
 from services.worker.profile_cache import ProfileCache, profile_key
 from services.worker.settings import WorkerSettings
@@ -80,7 +80,7 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
             chunk_policy=settings.chunk_policy,
         ),
         BlockManager(runner.num_blocks, runner.block_size),
-        replica_route(settings.worker_id, runner.config.num_layers),
+        Route.of_replica(settings.worker_id, runner.config.num_layers),
         TOKEN_COUNT if runner.profile is None else runner.profile.layer,
     )
     core = EngineCore(scheduler, runner)

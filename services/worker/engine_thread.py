@@ -25,13 +25,14 @@ import structlog
 from services.worker.build import BuiltEngine
 from services.worker.core import EngineCore
 from services.worker.engine.outputs import SchedulerLoad
-from services.worker.engine.request import KvKey, Request
+from services.worker.engine.request import Request
 from services.worker.identity import ModelFacts
 from services.worker.inspection import EngineInspection
 from services.worker.links.base import DownReason, Link, LinkFrame
 from services.worker.pipeline.events import GroupEvent
 from services.worker.pipeline.member import GroupMember
-from services.worker.pipeline.peers import GroupKey, GroupPeers
+from services.worker.pipeline.peers import GroupPeers
+from services.worker.regrouping import Regrouping
 from shared.messages import TokenItem
 
 #: How long an idle thread sleeps before it looks at its stop flag.
@@ -61,48 +62,21 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
-class PrepareGroup:
-    """Links to all other members of a group are up."""
+class PrepareLayout:
+    """Get ready for a layout; links to the other members of a group are up."""
 
-    peers: GroupPeers
-
-
-@dataclass(frozen=True, slots=True)
-class AbandonGroup:
-    """A prepared group will not be committed."""
-
-    key: GroupKey
+    regrouping: Regrouping
+    peers: GroupPeers | None  # None: the worker shall serve alone
 
 
 @dataclass(frozen=True, slots=True)
-class CommitGroup:
-    """Serve in a prepared group from now on."""
-
-    key: GroupKey
+class AbandonLayout:
+    """What was prepared will not be committed."""
 
 
 @dataclass(frozen=True, slots=True)
-class PrepareRestore:
-    """Get the missing layers back for the plan of `epoch`."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class UndoRestore:
-    """The pipeline stays."""
-
-
-@dataclass(frozen=True, slots=True)
-class CommitRestore:
-    """Serve alone from now on."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseKv:
-    """Requests that were handed over turned out to be wanted by nobody."""
-
-    keys: tuple[KvKey, ...]
+class CommitLayout:
+    """Serve as prepared from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +106,7 @@ class Stop:
     """Leave the thread; unfinished requests are abandoned."""
 
 
-RestoreCommand = PrepareRestore | UndoRestore | CommitRestore
-LinkNews = FrameReceived | LinkDown
-GroupCommand = PrepareGroup | AbandonGroup | CommitGroup | ReleaseKv | RestoreCommand | LinkNews
+GroupCommand = PrepareLayout | AbandonLayout | CommitLayout | FrameReceived | LinkDown
 Command = Add | Cancel | Drain | Inspect | Stop | GroupCommand
 
 
@@ -235,9 +207,9 @@ class EngineThread:
                 return
             num_added += sum(isinstance(command, Add) for command in commands)
             items = [item for command in commands for item in _apply(core, member, command)]
-            member.pump()
+            items += member.pump(time.monotonic())
             items += core.step(time.monotonic())
-            member.pump()
+            items += member.pump(time.monotonic())
             engine.runner.unmap_stale()
             events = member.take_events()
             if commands or items or events:
@@ -273,20 +245,12 @@ def _apply(core: EngineCore, member: GroupMember, command: Command) -> list[Toke
             core.cancel(request_id, attempt)
         case FrameReceived(frame):
             return member.on_frame(frame, time.monotonic())
-        case CommitGroup(key):
-            return member.commit(key, time.monotonic())
-        case PrepareGroup(peers):
-            member.prepare(peers)
-        case AbandonGroup(key):
-            member.abandon(key)
-        case PrepareRestore(epoch):
-            member.prepare_restore(epoch)
-        case UndoRestore():
-            member.undo_restore()
-        case CommitRestore():
-            member.commit_restore()
-        case ReleaseKv(keys):
-            member.release(keys)
+        case PrepareLayout(regrouping, peers):
+            member.prepare(regrouping, peers)
+        case AbandonLayout():
+            member.abandon()
+        case CommitLayout():
+            member.commit()
         case LinkDown(link, reason):
             member.on_down(link, reason)
         case Inspect(reply):

@@ -13,8 +13,7 @@ from typing import assert_never
 
 import structlog
 
-from services.worker.engine.request import KvKey
-from services.worker.engine_thread import EngineThread, FrameReceived, LinkDown, ReleaseKv
+from services.worker.engine_thread import EngineThread, FrameReceived, LinkDown
 from services.worker.identity import ModelFacts
 from services.worker.layout_follower import LayoutFollower
 from services.worker.links.base import Transport
@@ -27,12 +26,11 @@ from services.worker.member_state import Placement
 from services.worker.pipeline.events import (
     Adopted,
     Committed,
-    Dissolved,
     GroupEvent,
     HandedOver,
     PhaseTimed,
+    Prepared,
     PrepareFailed,
-    Restored,
     Settled,
 )
 from services.worker.pipeline.handover import pack_request
@@ -102,12 +100,17 @@ class GroupService:
     def handle(self, event: GroupEvent) -> None:
         """Act on what happened in the engine thread."""
         match event:
-            case Committed(key, facts):
+            case Prepared(epoch, facts):
                 self._on_change(facts)
-                self._transition.applied(key)
-            case Settled(key, facts):
+                self._transition.prepared(epoch)
+            case PrepareFailed(epoch, reason):
+                self._transition.prepare_failed(epoch, reason)
+            case Committed(epoch, facts):
                 self._on_change(facts)
-                self._transition.settled(key)
+                self._transition.applied(epoch)
+            case Settled(epoch, facts):
+                self._on_change(facts)
+                self._transition.settled(epoch)
             case HandedOver():
                 self._hand_over(event)
             case Adopted(requests):
@@ -115,13 +118,6 @@ class GroupService:
                     self._streams.adopt(
                         request.request_id, request.attempt, request.router_id, request.items
                     )
-            case Restored(key, facts):
-                self._on_change(facts)
-                self._transition.restored(key)
-            case Dissolved(key):
-                self._transition.dissolved(key)
-            case PrepareFailed(key, reason):
-                self._transition.prepare_failed(key, reason)
             case PhaseTimed(phase, seconds, num_bytes):
                 self._log.info(
                     "phase over",
@@ -133,17 +129,12 @@ class GroupService:
                 assert_never(event)
 
     def _hand_over(self, event: HandedOver) -> None:
-        """Send the leader all requests that somebody still wants, with what was said of them."""
+        """Send the leader all requests, with what was said of them; some are wanted no more."""
         now, leader = time.monotonic(), event.peers.leader
         requests: list[RequestMessage] = []
-        unwanted: list[KvKey] = []
         for request in event.requests:
             items = self._streams.move(request.request_id, request.attempt, leader, now)
-            if items is None:
-                unwanted.append(request.kv_key)
-            else:
-                requests.append(pack_request(request, items, now))
-        self._engine.submit(ReleaseKv(tuple(unwanted)))
+            requests.append(pack_request(request, items, now))
         message = HandOver(
             worker_id=self._settings.worker_id,
             num_blocks=event.num_blocks,

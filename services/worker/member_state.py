@@ -1,12 +1,12 @@
-"""How far a worker is in its group, and what it says of that. Pure.
+"""How far a worker is on its way from one layout to the next, and what it says of that. Pure.
 
-ALONE --PREPARE--> PREPARING --links up--> PREPARED --COMMIT--> COMMITTING
-  ^                    |                       |                    | the engine did it
-  +---- another plan, or a link cannot be had -+                 SETTLING
-  |                                                                 | all KV moved
-LEAVING <--COMMIT-- RESTORED <--layers back-- RESTORING <--PREPARE-- GROUPED
-                        |                         |                   ^
-                        +------ called off -------+-------------------+
+SETTLED --PREPARE--> PREPARING --links up, layers here--> PREPARED --COMMIT--> COMMITTING
+   ^  ^                  |                                    |                    | engine did it
+   |  +---- another plan, no link, no room: called off -------+                 SETTLING
+   +------------------- nothing is left on the layout before -----------------------+
+
+The layouts are a pipeline's or a replica's; every change goes this way: drop, restore, and from one
+pipeline to another.
 """
 
 from __future__ import annotations
@@ -23,52 +23,31 @@ class IllegalTransitionError(KunserveError):
 
 
 class MemberState(Enum):
-    """How far a worker is in its group; `TRANSITIONS` says what may follow what."""
+    """How far a worker is; `TRANSITIONS` says what may follow what."""
 
-    ALONE = auto()  # holds every layer and leads itself
-    PREPARING = auto()  # opens links; serves as before
-    PREPARED = auto()  # has links; serves as before
+    SETTLED = auto()  # nothing is left of the layout before
+    PREPARING = auto()  # opens links, gets missing layers; serves as before
+    PREPARED = auto()  # has links and layers; serves as before
     COMMITTING = auto()  # the engine was told
-    SETTLING = auto()  # serves its layers; requests of before are still moved
-    GROUPED = auto()  # nothing is left of the layout before
-    RESTORING = auto()  # gets its missing layers back; serves as before
-    RESTORED = auto()  # holds every layer; serves as before
-    LEAVING = auto()  # serves alone; requests of before are still on the pipeline
+    SETTLING = auto()  # serves in the new layout; requests of before are still moved
 
 
 TRANSITIONS: dict[MemberState, frozenset[MemberState]] = {
-    MemberState.ALONE: frozenset({MemberState.PREPARING}),
-    MemberState.PREPARING: frozenset({MemberState.PREPARED, MemberState.ALONE}),
-    MemberState.PREPARED: frozenset({MemberState.COMMITTING, MemberState.ALONE}),
+    MemberState.SETTLED: frozenset({MemberState.PREPARING}),
+    MemberState.PREPARING: frozenset({MemberState.PREPARED, MemberState.SETTLED}),
+    MemberState.PREPARED: frozenset({MemberState.COMMITTING, MemberState.SETTLED}),
     MemberState.COMMITTING: frozenset({MemberState.SETTLING}),
-    MemberState.SETTLING: frozenset({MemberState.GROUPED}),
-    MemberState.GROUPED: frozenset({MemberState.RESTORING}),
-    MemberState.RESTORING: frozenset({MemberState.RESTORED, MemberState.GROUPED}),
-    MemberState.RESTORED: frozenset({MemberState.LEAVING, MemberState.GROUPED}),
-    MemberState.LEAVING: frozenset({MemberState.ALONE}),
+    MemberState.SETTLING: frozenset({MemberState.SETTLED}),
 }
 
-#: What is said of a plan whose group is the one the worker is in.
-ANSWERS: dict[MemberState, AckState] = {
+#: What is said of the plan that the worker follows; None while there is no answer yet.
+ANSWERS: dict[MemberState, AckState | None] = {
+    MemberState.SETTLED: AckState.SETTLED,
+    MemberState.PREPARING: None,
     MemberState.PREPARED: AckState.PREPARED,
+    MemberState.COMMITTING: None,
     MemberState.SETTLING: AckState.APPLIED,
-    MemberState.GROUPED: AckState.SETTLED,
-    MemberState.RESTORED: AckState.PREPARED,
-    MemberState.LEAVING: AckState.APPLIED,
 }
-
-
-#: States in which there is no answer yet.
-SILENT = frozenset({MemberState.PREPARING, MemberState.COMMITTING, MemberState.RESTORING})
-#: States in which layers are missing.
-INCOMPLETE = frozenset(
-    {
-        MemberState.COMMITTING,
-        MemberState.SETTLING,
-        MemberState.GROUPED,
-        MemberState.RESTORING,
-    }
-)
 
 
 @dataclass(slots=True)

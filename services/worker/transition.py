@@ -1,7 +1,7 @@
 """A worker's way from one layout to another, as the plans say: the event loop's part.
 
 The states are in `member_state.py`; what the engine does about them, in `pipeline/member.py`.
-Nothing is given up before COMMIT, and COMMIT is refused by whoever is not prepared for that group.
+Nothing is given up before COMMIT, and COMMIT is refused by whoever is not prepared for that layout.
 """
 
 from __future__ import annotations
@@ -12,29 +12,20 @@ from collections.abc import Callable
 
 import structlog
 
-from services.worker.engine_thread import (
-    AbandonGroup,
-    CommitGroup,
-    CommitRestore,
-    EngineThread,
-    PrepareGroup,
-    PrepareRestore,
-    UndoRestore,
-)
+from services.worker.engine_thread import AbandonLayout, CommitLayout, EngineThread, PrepareLayout
 from services.worker.group_links import GroupLinks
 from services.worker.links.base import LinkError
 from services.worker.links.endpoint import LinkEndpoint
 from services.worker.member_state import (
     ANSWERS,
-    INCOMPLETE,
-    SILENT,
     TRANSITIONS,
     Answer,
     IllegalTransitionError,
     MemberState,
     Placement,
 )
-from services.worker.pipeline.peers import GroupKey, GroupPeers
+from services.worker.pipeline.peers import GroupPeers
+from services.worker.regrouping import Regrouping
 from shared.errors import KunserveError
 from shared.layout import GroupPlan, Plan, PlanPhase
 from shared.messages import AckState
@@ -70,8 +61,9 @@ class Transition:
         self._engine = engine
         self._on_change = on_change
         self._endpoint: LinkEndpoint | None = None
-        self._state = MemberState.ALONE
-        self._group: GroupPlan | None = None  # None while ALONE
+        self._state = MemberState.SETTLED
+        self._pipeline: GroupPlan | None = None  # that the worker serves in; None for a replica
+        self._next: Regrouping | None = None  # what is prepared or committed now
         self._task: asyncio.Task[None] | None = None
         self._log = structlog.get_logger(component="transition")
 
@@ -95,103 +87,61 @@ class Transition:
             GroupBrokenUpError: the worker has given up layers that it would need now.
         """
         self._placement.term, self._placement.epoch = plan.version
-        group = plan.group_of(self._worker_id)
         if plan.phase is PlanPhase.PREPARE:
-            self._take_prepare(plan, group)
+            self._take_prepare(plan)
         else:
             self.committed = plan.version
-            self._take_commit(group)
+            self._take_commit(plan)
             self.links.discard(plan.epoch)
         self._on_change()
 
-    def _take_prepare(self, plan: Plan, group: GroupPlan | None) -> None:
-        is_alone = group is None or len(group.members) == 1
-        if self._state in (MemberState.ALONE, MemberState.PREPARING, MemberState.PREPARED):
-            if group is None or is_alone or group == self._group:
-                self._repeat(AckState.PREPARED)
-            else:
-                self._go_alone()
-                self._prepare(plan, group)
-        elif is_alone and self._state is MemberState.GROUPED:
-            self._enter(MemberState.RESTORING)
-            self.answer = None
-            self._engine.submit(PrepareRestore(plan.epoch))
-        elif is_alone and self._state in (MemberState.RESTORING, MemberState.RESTORED):
-            self._repeat(AckState.PREPARED)
-        elif group == self._group:
-            self._stay()
+    def _take_prepare(self, plan: Plan) -> None:
+        wanted = Regrouping.of(plan, self._worker_id, self._pipeline)
+        if wanted.after == self._pipeline:
+            self._call_off()
             self._say(AckState.PREPARED)
+        elif self._is_preparing and wanted == self._next:
+            self._repeat()
+        elif self._is_preparing or self._state is MemberState.SETTLED:
+            self._call_off()
+            self._prepare(plan, wanted)
         else:
-            self._say(AckState.REFUSED, f"the worker is {self._state.name.lower()} in its group")
+            self._say(AckState.REFUSED, f"the worker is {self._state.name.lower()}")
 
-    def _take_commit(self, group: GroupPlan | None) -> None:
-        if group is None or len(group.members) == 1:
-            self._take_alone(group)
-        elif group == self._group and self._state in (MemberState.RESTORING, MemberState.RESTORED):
-            self._stay()
-            self._repeat(AckState.APPLIED)
-        elif group == self._group and self._state is MemberState.PREPARED:
-            self._commit(group)
-        elif group == self._group and self._state is not MemberState.PREPARING:
-            self._repeat(AckState.APPLIED)
-        else:
-            self._go_alone()
-            self._say(AckState.REFUSED, "the worker is not prepared for this group")
-
-    def _take_alone(self, group: GroupPlan | None) -> None:
-        if self._state is MemberState.RESTORED:
-            self._leave(group)
-            return
-        if self._state in INCOMPLETE:
+    def _take_commit(self, plan: Plan) -> None:
+        wanted = Regrouping.of(plan, self._worker_id, self._pipeline)
+        if wanted.after == self._pipeline:
+            self._call_off()
+            self._place(plan)
+            self._repeat()
+        elif self._state is MemberState.PREPARED and wanted == self._next:
+            self._commit(plan, wanted)
+        elif wanted.after is None:
             raise GroupBrokenUpError("the plan has ended this worker's group: it must start anew")
-        self._go_alone()
-        self._place(group)
-        self._repeat(AckState.SETTLED)  # also for a planner that took over since it was first said
-
-    # --- restore ---------------------------------------------------------------------------------
-
-    def _leave(self, group: GroupPlan | None) -> None:
-        """Take requests for itself; those on the pipeline come home or end."""
-        self._enter(MemberState.LEAVING)
-        self._place(group)
-        self._say(AckState.APPLIED)
-        self._engine.submit(CommitRestore())
-
-    def _stay(self) -> None:
-        """The restore is called off."""
-        if self._state in (MemberState.RESTORING, MemberState.RESTORED):
-            self._enter(MemberState.GROUPED)
-            self._engine.submit(UndoRestore())
-
-    def restored(self, key: GroupKey) -> None:
-        """The engine holds every layer again."""
-        if self._is_current(key) and self._state is MemberState.RESTORING:
-            self._enter(MemberState.RESTORED)
-            self._repeat(AckState.PREPARED)
-            self._on_change()
-
-    def dissolved(self, key: GroupKey) -> None:
-        """No request is left on the group's pipeline."""
-        if self._is_current(key):
-            self._enter(MemberState.ALONE)
-            self._group = None
-            self._say(AckState.SETTLED)
-            self._on_change()
+        else:
+            self._call_off()
+            self._say(AckState.REFUSED, "the worker is not prepared for this group")
 
     # --- prepare and commit ----------------------------------------------------------------------
 
-    def _prepare(self, plan: Plan, group: GroupPlan) -> None:
+    def _prepare(self, plan: Plan, wanted: Regrouping) -> None:
         self._enter(MemberState.PREPARING)
-        self._group = group
+        self._next = wanted
         self.answer = None
+        if wanted.after is None:
+            self._engine.submit(PrepareLayout(wanted, None))
+            return
         seconds = _PREPARE_SECONDS
         if plan.deadline_at is not None:
             seconds = max(0.1, plan.deadline_at - time.time())
         self._task = asyncio.create_task(
-            self._connect(group, plan.term, seconds), name=f"prepare {group.group_id}"
+            self._connect(wanted, wanted.after, plan.term, seconds),
+            name=f"prepare {wanted.after.group_id}",
         )
 
-    async def _connect(self, group: GroupPlan, term: int, seconds: float) -> None:
+    async def _connect(
+        self, wanted: Regrouping, group: GroupPlan, term: int, seconds: float
+    ) -> None:
         try:
             if self._endpoint is None:
                 raise LinkError("the worker takes no links yet")
@@ -201,62 +151,68 @@ class Transition:
             self._refuse(str(error) or f"no link from a member within {seconds:.1f} s")
             return
         self._task = None
-        self._engine.submit(PrepareGroup(GroupPeers(self._worker_id, group, links)))
-        self._enter(MemberState.PREPARED)
-        self._repeat(AckState.PREPARED)
-        self._on_change()
+        peers = GroupPeers(self._worker_id, group, links)
+        self._engine.submit(PrepareLayout(wanted, peers))
 
-    def _commit(self, group: GroupPlan) -> None:
-        """No request is taken for the group before any more; those taken reach the engine first."""
+    def _commit(self, plan: Plan, wanted: Regrouping) -> None:
+        """No request is taken for another group any more; those taken reach the engine first."""
         self._enter(MemberState.COMMITTING)
-        self._place(group)
+        self._pipeline = wanted.after
+        self._place(plan)
         self.answer = None
-        self._engine.submit(CommitGroup(GroupKey(group.group_id, group.epoch)))
+        self._engine.submit(CommitLayout())
 
     def _refuse(self, detail: str) -> None:
-        self._go_alone()
+        self._call_off()
         self._say(AckState.REFUSED, detail)
         self._on_change()
 
-    def _go_alone(self) -> None:
-        """Give up a group that is not committed."""
+    def _call_off(self) -> None:
+        """Give up a layout that is not committed."""
+        if not self._is_preparing:
+            return
         if self._task is not None:
             self._task.cancel()
             self._task = None
-        if self._group is not None and self._state is MemberState.PREPARED:
-            self._engine.submit(AbandonGroup(_key(self._group)))
-        if self._state in (MemberState.PREPARING, MemberState.PREPARED):
-            self._enter(MemberState.ALONE)
-            self._group = None
+        else:
+            self._engine.submit(AbandonLayout())
+        self._enter(MemberState.SETTLED)
+        self._next = None
+
+    @property
+    def _is_preparing(self) -> bool:
+        return self._state in (MemberState.PREPARING, MemberState.PREPARED)
 
     # --- what the engine says --------------------------------------------------------------------
 
-    def applied(self, key: GroupKey) -> None:
-        """The engine has committed the group."""
-        self._advance(key, MemberState.SETTLING)
+    def prepared(self, epoch: int) -> None:
+        """Links and layers of the layout read at `epoch` are there."""
+        if self._is_next(epoch) and self._state is MemberState.PREPARING:
+            self._advance(MemberState.PREPARED)
 
-    def settled(self, key: GroupKey) -> None:
-        """No request is left on the layout before."""
-        self._advance(key, MemberState.GROUPED)
-
-    def prepare_failed(self, key: GroupKey, reason: str) -> None:
-        """A link of a prepared group went down, or there is no room for a restore."""
-        if not self._is_current(key):
-            return
-        if self._state is MemberState.PREPARED:
+    def prepare_failed(self, epoch: int, reason: str) -> None:
+        """A link went down, or there is no room for layers."""
+        if self._is_next(epoch) and self._is_preparing:
             self._refuse(reason)
-        elif self._state is MemberState.RESTORING:
-            self._say(AckState.REFUSED, reason)
-            self._on_change()
 
-    def _advance(self, key: GroupKey, state: MemberState) -> None:
-        if self._is_current(key):
-            self._enter(state)
-            self._repeat(AckState.APPLIED)
-            self._on_change()
+    def applied(self, epoch: int) -> None:
+        """The engine has committed."""
+        if self._is_next(epoch):
+            self._advance(MemberState.SETTLING)
 
-    def _is_current(self, key: GroupKey) -> bool:
-        return self._group is not None and _key(self._group) == key
+    def settled(self, epoch: int) -> None:
+        """Nothing is left on the layout before."""
+        if self._is_next(epoch):
+            self._next = None
+            self._advance(MemberState.SETTLED)
+
+    def _advance(self, state: MemberState) -> None:
+        self._enter(state)
+        self._repeat()
+        self._on_change()
+
+    def _is_next(self, epoch: int) -> bool:
+        return self._next is not None and self._next.epoch == epoch
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -266,20 +222,18 @@ class Transition:
         self._log.info("transition", before=self._state.name, now=state.name)
         self._state = state
 
-    def _place(self, group: GroupPlan | None) -> None:
+    def _place(self, plan: Plan) -> None:
+        group = plan.group_of(self._worker_id)
         self._placement.group_id = group.group_id if group else ""
         self._placement.is_leader = group is not None and group.leader == self._worker_id
 
-    def _repeat(self, otherwise: AckState) -> None:
-        """Say how far the worker is; `otherwise` where its state says nothing."""
-        if self._state in SILENT:
+    def _repeat(self) -> None:
+        """Say how far the worker is."""
+        state = ANSWERS[self._state]
+        if state is None:
             self.answer = None
         else:
-            self._say(ANSWERS.get(self._state, otherwise))
+            self._say(state)
 
     def _say(self, state: AckState, detail: str = "") -> None:
         self.answer = Answer(self._placement.term, self._placement.epoch, state, detail)
-
-
-def _key(group: GroupPlan) -> GroupKey:
-    return GroupKey(group.group_id, group.epoch)

@@ -59,6 +59,11 @@ class Route:
         stages = (RouteStage(m.worker_id, m.span.start, m.span.end) for m in group.members)
         return cls(f"{group.group_id}@{epoch}", tuple(stages))
 
+    @classmethod
+    def of_replica(cls, worker_id: WorkerId, num_layers: int) -> Route:
+        """The route of a worker that serves alone."""
+        return cls("replica", (RouteStage(worker_id, 0, num_layers),))
+
     @property
     def leader(self) -> WorkerId:
         """The worker whose scheduler runs it."""

@@ -46,6 +46,17 @@ def even_growth(
     return additions(low)
 
 
+def most_blocks(
+    num_chunks: int, arena_bytes: Sequence[int], block_bytes: Sequence[int], chunk_bytes: int
+) -> int:
+    """Blocks that every layer can have beside these arenas of weights."""
+    free_chunks = num_chunks - sum(chunks_for(nbytes, chunk_bytes) for nbytes in arena_bytes)
+    growth = even_growth([0] * len(block_bytes), block_bytes, free_chunks, chunk_bytes)
+    return min(
+        chunks * chunk_bytes // size for chunks, size in zip(growth, block_bytes, strict=True)
+    )
+
+
 def required_bytes(
     arena_bytes: Sequence[int], block_bytes: Sequence[int], num_blocks: int, chunk_bytes: int
 ) -> int:

@@ -19,7 +19,7 @@ from services.worker.engine.profile import ModelProfile
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.memory.cpu import CpuMemory
 from services.worker.memory.pool import MemoryPool
-from services.worker.memory.sizing import check_budget, chunks_for
+from services.worker.memory.sizing import check_budget, chunks_for, most_blocks
 from services.worker.model.batch import ForwardBatch, SequenceSlice, make_batch
 from services.worker.model.checkpoint import Checkpoint
 from services.worker.model.layers.factory import make_decoder_layers
@@ -82,8 +82,6 @@ class ModelRunner:
         limit = min(max_model_len or self.config.max_model_len, self.config.max_model_len)
         #: Prompt plus output tokens of the longest request; stays when the KV cache grows.
         self.max_model_len = min(limit, self.num_blocks * self.block_size)
-        #: Blocks it has when it holds every layer.
-        self.replica_blocks = self.num_blocks
         #: What batches cost here, once it is measured.
         self.profile: ModelProfile | None = None
 
@@ -132,7 +130,7 @@ class ModelRunner:
 
     @property
     def span(self) -> Span:
-        """The layers this worker serves: all of them, or less after `keep`."""
+        """The layers this worker serves: all of them, or those of the last `keep`."""
         return self._span
 
     @property
@@ -217,7 +215,7 @@ class ModelRunner:
     # --- layers come and go ----------------------------------------------------------------------
 
     def keep(self, span: Span) -> int:
-        """Serve `span` only: give the weights of all other layers to the KV of these.
+        """Serve `span`, all of which is here: give the weights of other layers to the KV of these.
 
         The KV of the other layers stays as it is, until `settle`.
 
@@ -238,21 +236,30 @@ class ModelRunner:
             cache[destinations] = cache[sources]
         self.pool.shrink_kv(layers, num_blocks)
 
+    def blocks_with(self, span: Span) -> int:
+        """Blocks there can be while this worker holds `span` beside the layers that it serves."""
+        plan = self._plan
+        arenas = {a.name: a.layout.nbytes for s in (self.span, span) for a in plan.arenas(s)}
+        block_bytes = [self.kv_block_bytes] * len(self._beside(span))
+        num_chunks = self.pool.budget_bytes // self.pool.chunk_bytes
+        return most_blocks(num_chunks, list(arenas.values()), block_bytes, self.pool.chunk_bytes)
+
     def load_missing(self, span: Span) -> Iterator[int]:
         """Load what serving `span` needs and is not here, and give its layers their KV.
 
-        Yields the bytes of each piece, which takes less than a millisecond or so.
+        The layers that are served have as many blocks then as those of `span`. Yields the bytes of
+        each piece, which takes less than a millisecond or so.
 
         Raises:
             CheckpointError: a tensor cannot be read.
             OutOfChunksError: too little of the pool is free.
         """
         yield from self._stage.load(span)
-        self.pool.grow_kv_evenly(range(span.start, span.end))
+        self.pool.grow_kv_evenly(self._beside(span))
 
-    def serve_all(self) -> None:
-        """Serve every layer again; all must be here."""
-        self._span = self._stage.span
+    def _beside(self, span: Span) -> list[int]:
+        """The layers of `span` and those that are served."""
+        return [n for n in range(self.config.num_layers) if n in span or n in self.span]
 
     def settle(self) -> int:
         """Give the KV of layers that are not served to those that are; returns their blocks."""

@@ -9,14 +9,30 @@ from enum import Enum
 from services.worker.engine.request import Request
 from services.worker.identity import ModelFacts
 from services.worker.pipeline.messages import RequestMessage
-from services.worker.pipeline.peers import GroupKey, GroupPeers
+from services.worker.pipeline.peers import GroupPeers
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The layout that was read at `epoch` may be committed: its links and layers are here."""
+
+    epoch: int
+    facts: ModelFacts
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareFailed:
+    """The layout that was read at `epoch` cannot be: a link is down, or there is no room."""
+
+    epoch: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The worker serves its layers of the group and nothing else."""
+    """The worker serves in the layout that was read at `epoch`."""
 
-    key: GroupKey
+    epoch: int
     facts: ModelFacts
 
 
@@ -38,33 +54,10 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """No request is left on the layout before the group."""
+    """Nothing is left on the layouts before the one that was read at `epoch`."""
 
-    key: GroupKey
+    epoch: int
     facts: ModelFacts
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """The worker holds every layer again and still serves in its group."""
-
-    key: GroupKey
-    facts: ModelFacts
-
-
-@dataclass(frozen=True, slots=True)
-class Dissolved:
-    """The worker serves alone; no request is left on the group's pipeline."""
-
-    key: GroupKey
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareFailed:
-    """A link of a group that is only prepared is down, or a restore is not possible now."""
-
-    key: GroupKey
-    reason: str
 
 
 class Phase(Enum):
@@ -86,9 +79,7 @@ class PhaseTimed:
     num_bytes: int
 
 
-GroupEvent = (
-    Committed | HandedOver | Adopted | Settled | Restored | Dissolved | PrepareFailed | PhaseTimed
-)
+GroupEvent = Prepared | PrepareFailed | Committed | HandedOver | Adopted | Settled | PhaseTimed
 
 #: Takes events in the engine thread.
 EventSink = Callable[[GroupEvent], None]

@@ -10,10 +10,11 @@ from services.worker.pipeline.messages import RequestMessage
 from shared.messages import TokenItem, pack_token_ids, unpack_token_ids
 
 
-def pack_request(request: Request, items: Sequence[TokenItem], now: float) -> RequestMessage:
+def pack_request(request: Request, items: Sequence[TokenItem] | None, now: float) -> RequestMessage:
     """A request as `Relocation.hand_over` left it, and what its router was told of it.
 
     Args:
+        items: None if nobody wants it any more.
         now: on the clock of `Request.arrival_seconds`.
     """
     route = request.route
@@ -31,7 +32,8 @@ def pack_request(request: Request, items: Sequence[TokenItem], now: float) -> Re
         queued_seconds=request.queued_seconds,
         origin_id=route.route_id if route else "",
         origin=route.stages if route else (),
-        items=tuple(items),
+        is_wanted=items is not None,
+        items=tuple(items or ()),
     )
 
 

@@ -1,33 +1,35 @@
 """Stage 0 of a pipeline: sends the scheduler's batches into it, and orders KV to travel.
 
     submit(batch)  -> embedding, own layers -> next stage ... last stage -> handle -> outcome
-    pump()         -> releases, orders, and, when no request is left behind, Settle
+    order(...)     -> KV travels between the stages
+    leave(...)     -> another group is next: requests leave; when none is left, Dissolve
 
-Runs in the engine thread.
+Runs in the engine thread. What a worker does for all pipelines that it leads is in `leadership.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
 from services.worker.batch_io import BatchOutcome, sampling_rows, sequence_slices
+from services.worker.engine.exchange import Exchange
 from services.worker.engine.outputs import SchedulerOutput
+from services.worker.engine.releases import ReleasedKeys
 from services.worker.engine.relocation import RelocationError
 from services.worker.engine.request import KvKey, Request, RequestKey, RequestStatus
-from services.worker.engine.routes import Transfer
 from services.worker.engine.scheduler import Scheduler
-from services.worker.facts import model_facts
 from services.worker.links.base import LinkFrame
 from services.worker.model.batch import make_batch
 from services.worker.model.runner import ModelRunner
 from services.worker.model.sampler import SampledToken
-from services.worker.pipeline.events import Adopted, Dissolved, EventSink, Phase, Settled
+from services.worker.pipeline.departure import Departure
+from services.worker.pipeline.events import Adopted, EventSink, Phase
 from services.worker.pipeline.handover import unpack_request
 from services.worker.pipeline.kv_courier import KvCourier
 from services.worker.pipeline.kv_transfer import as_buffer
-from services.worker.pipeline.leader_restore import LeaderRestore
+from services.worker.pipeline.leader_preparation import LeaderPreparation
 from services.worker.pipeline.messages import (
     Capacity,
     Dissolve,
@@ -37,6 +39,7 @@ from services.worker.pipeline.messages import (
     HandOver,
     KvPart,
     Order,
+    Quiesce,
     Release,
     RequestMessage,
     Settle,
@@ -45,39 +48,54 @@ from services.worker.pipeline.messages import (
 )
 from services.worker.pipeline.peers import GroupPeers
 from services.worker.pipeline.phase_timer import PhaseTimer
+from services.worker.pipeline.restoration import Restoration
 from services.worker.pipeline.rows import microbatch
-
-#: Requests whose KV travels at once: enough to keep the links busy between two batches.
-_MAX_EXCHANGES = 4
+from services.worker.regrouping import Regrouping
 
 
 class PipelineLeader:
     """What the leader of a group does with its links, from its commit on."""
 
     def __init__(
-        self, peers: GroupPeers, runner: ModelRunner, scheduler: Scheduler, emit: EventSink
+        self,
+        peers: GroupPeers,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        emit: EventSink,
+        flush_releases: Callable[[], None],
     ) -> None:
-        """Take the scheduler that serves the group from `begin` on."""
+        """Take the scheduler that serves the group from `begin` on.
+
+        Args:
+            flush_releases: tells all stages that this worker leads whose blocks to free.
+        """
         self.peers = peers
         self._runner = runner
         self._scheduler = scheduler
         self._emit = emit
+        self._flush_releases = flush_releases
         self._timer = PhaseTimer(emit)
         self._was_idle = True
         self._courier = KvCourier(peers, runner, self._table)
         self._in_flight: dict[int, SchedulerOutput] = {}
         self._num_orders = 0
         self._awaited = set(peers.followers)  # have not handed over yet
-        self._is_settled = False
-        self._restore: LeaderRestore | None = None
+        self._preparation: LeaderPreparation | None = None
+        self._departure: Departure | None = None
         self._shrink_requests: list[ShrinkRequest] = []
-        self.is_over = False
+        self._is_over = False
         self._log = structlog.get_logger(component="leader", group=peers.key.group_id)
 
-    def begin(self) -> None:
-        """Give layers up and park all requests that have KV; no batch may be in flight."""
+    def begin(self, *, parks: bool) -> None:
+        """Serve the layers of this stage and no others.
+
+        Args:
+            parks: the layout before does not serve any more: all requests that have KV wait for
+                the exchange. No batch may be in flight.
+        """
         self._scheduler.relocation.enter(self.peers.route)
-        self._scheduler.relocation.park_running()
+        if parks:
+            self._scheduler.relocation.park_running()
         self._scheduler.blocks.grow(self._runner.keep(self.peers.span))
         self._was_idle = not self._scheduler.requests
 
@@ -108,59 +126,101 @@ class PipelineLeader:
         return None
 
     def pump(self) -> None:
-        """Send what can be sent, order what can travel, settle when nothing is left to."""
-        if self._restore is not None:
-            self._pump_restore(self._restore)
+        """Make room, load a part of the model, let requests leave, send KV: whatever is due."""
+        if self._preparation is not None:
+            self._pump_preparation(self._preparation)
+        if self._departure is not None and not self._is_over:
+            self._pump_departure(self._departure)
         self._flush_releases()
-        if not self._awaited:  # before, the stages seem to have no blocks at all
-            self._start_exchanges()
         self.peers.push_bulk()
 
     @property
     def is_busy(self) -> bool:
         """True while `pump` has something to do whatever arrives."""
-        return self.peers.has_backlog or (self._restore is not None and self._restore.is_busy)
+        is_loading = self._preparation is not None and self._preparation.is_busy
+        return self.peers.has_backlog or is_loading
 
-    # --- restore ---------------------------------------------------------------------------------
+    # --- the next layout -------------------------------------------------------------------------
 
-    def prepare_restore(self, epoch: int) -> None:
-        """Get the missing layers back while the pipeline serves."""
-        self._restore = LeaderRestore(
-            self.peers, self._runner, self._scheduler, self._emit, self._send_give_back, epoch
+    def prepare(self, regrouping: Regrouping) -> None:
+        """Make room for what the members need next, and get what is missing here."""
+        span = regrouping.span_after(self.peers.worker_id)
+        restoration = Restoration(self._runner, self._emit, regrouping.epoch, span)
+        self._preparation = LeaderPreparation(
+            self.peers, self._scheduler, restoration, self._emit, self._give_back
         )
 
-    def undo_restore(self) -> None:
+    def undo(self) -> None:
         """The pipeline stays."""
-        if self._restore is not None:
-            self._restore.undo()
-            self._restore = None
+        if self._preparation is not None:
+            self._preparation.undo()
+            self._preparation = None
 
-    def commit_restore(self) -> None:
-        """Serve alone; pipelined requests come home one after the other."""
-        if self._restore is not None:
-            self._restore.commit()
+    @property
+    def is_quiet(self) -> bool:
+        """True if no batch is in flight: a paused scheduler makes none."""
+        return self._scheduler.num_batches_in_flight == 0
 
-    def _pump_restore(self, restore: LeaderRestore) -> None:
+    def leave(self, regrouping: Regrouping) -> None:
+        """Another layout serves from now on; requests and grants leave this pipeline."""
+        after, own = regrouping.after, self.peers.worker_id
+        following = {m.worker_id for m in after.members} if after is not None else set()
+        is_led_here = after is not None and after.leader == own
+        self._preparation = None
+        self._departure = Departure(
+            self.peers,
+            self._scheduler,
+            following if is_led_here else (),
+            is_superseded=regrouping.stops and following.issuperset(self.peers.route.worker_ids),
+        )
+        if regrouping.stops:
+            self._flush_releases()
+            self.peers.send_next(FrameKind.QUIESCE, Quiesce())
+
+    def _pump_preparation(self, preparation: LeaderPreparation) -> None:
         for request in self._shrink_requests:
-            if request.epoch == restore.epoch:
-                restore.note(request)
-        self._shrink_requests = [r for r in self._shrink_requests if r.epoch > restore.epoch]
-        restore.pump()
-        if restore.is_committed:
-            restore.call_home(_MAX_EXCHANGES)
+            if request.epoch == preparation.epoch:
+                preparation.note(request)
+        self._shrink_requests = [r for r in self._shrink_requests if r.epoch > preparation.epoch]
+        preparation.pump()
 
-    def _send_give_back(self, message: GiveBack) -> None:
+    def _pump_departure(self, departure: Departure) -> None:
+        departure.call_home()
+        given_back = departure.give_back()
+        if given_back:
+            self._give_back(GiveBack(num_blocks=given_back))
+        if departure.is_over:
+            self._flush_releases()
+            self.peers.send_next(FrameKind.DISSOLVE, Dissolve())
+            for worker_id in departure.leaving:
+                self._scheduler.blocks.forget_worker(worker_id)
+            self._is_over = True
+
+    def _give_back(self, message: GiveBack) -> None:
         self._flush_releases()
         self.peers.send_next(FrameKind.GIVE_BACK, message)
 
-    def _dissolve(self) -> None:
-        """No request is left on the pipeline."""
-        self._flush_releases()
-        self.peers.send_next(FrameKind.DISSOLVE, Dissolve())
-        for worker_id in self.peers.followers:
-            self._scheduler.blocks.forget_worker(worker_id)
-        self.is_over = True
-        self._emit(Dissolved(self.peers.key))
+    @property
+    def is_over(self) -> bool:
+        """True when the pipeline is dissolved."""
+        return self._is_over
+
+    # --- the layout before -----------------------------------------------------------------------
+
+    @property
+    def is_complete(self) -> bool:
+        """True when all members have handed over; before, they seem to have no blocks at all."""
+        return not self._awaited
+
+    @property
+    def is_settled(self) -> bool:
+        """True if no request is left on another route."""
+        return self.is_complete and self._scheduler.relocation.is_settled
+
+    def settle(self) -> None:
+        """No KV of layers given up is needed any more."""
+        self.peers.send_next(FrameKind.SETTLE, Settle())
+        self._timer.over(Phase.EXCHANGE, self._courier.num_bytes)
 
     # --- batches ---------------------------------------------------------------------------------
 
@@ -182,22 +242,23 @@ class PipelineLeader:
         sampled = map(SampledToken, message.token_ids, message.logprobs)
         return BatchOutcome(self._in_flight.pop(message.step), tuple(sampled), message.error)
 
-    def _flush_releases(self) -> None:
+    def release(self, released: ReleasedKeys) -> None:
         """Tell the stages whose blocks they shall free."""
-        releases = self._scheduler.blocks.releases
-        released = releases.pending()
-        if released:
-            self.peers.send_next(FrameKind.RELEASE, Release(keys=dict(released)))
-            releases.confirm(released)  # whatever follows, follows it down the chain
+        keys = {w: keys for w, keys in released.items() if w in self.peers.followers}
+        if keys:
+            self.peers.send_next(FrameKind.RELEASE, Release(keys=keys))
 
     # --- requests that join ----------------------------------------------------------------------
 
     def _take_over(self, message: HandOver, now: float) -> None:
         """A follower's requests and its blocks are the leader's now."""
         adopted = tuple(each for each in message.requests if self._adopt(each, now))
+        for request in adopted:
+            if not request.is_wanted:
+                self._scheduler.cancel(request.request_id, request.attempt)
         self._scheduler.blocks.add_capacity(message.worker_id, message.num_blocks)
         self._awaited.discard(message.worker_id)
-        self._emit(Adopted(adopted))
+        self._emit(Adopted(tuple(request for request in adopted if request.is_wanted)))
         self._log.info("requests taken over", worker=message.worker_id, requests=len(adopted))
 
     def _adopt(self, message: RequestMessage, now: float) -> bool:
@@ -217,17 +278,10 @@ class PipelineLeader:
 
     # --- KV that travels -------------------------------------------------------------------------
 
-    def _start_exchanges(self) -> None:
-        relocation = self._scheduler.relocation
-        for exchange in relocation.start_exchanges(_MAX_EXCHANGES):
-            if exchange.transfers:
-                self._order(exchange.request, exchange.transfers)
-        if not relocation.is_settled or self.is_over:
-            return
-        if not self._is_settled:
-            self._settle()
-        elif self._restore is not None and self._restore.is_committed:
-            self._dissolve()
+    def reaches(self, exchange: Exchange) -> bool:
+        """True if the pipeline's links can carry the KV of an exchange."""
+        workers = {w for t in exchange.transfers for w in (t.source, t.destination)}
+        return workers.issubset(self.peers.route.worker_ids)
 
     def _filled(self, message: Filled) -> None:
         """Another stage has all KV of a request, or cannot have it."""
@@ -239,21 +293,14 @@ class PipelineLeader:
             self._log.error("KV did not travel", request=request.request_id, reason=message.error)
             self._scheduler.relocation.give_up(request)
 
-    def _settle(self) -> None:
-        """No KV of layers given up is needed any more: use its memory, here and down the chain."""
-        self._is_settled = True
-        self.peers.send_next(FrameKind.SETTLE, Settle())
-        self._scheduler.blocks.grow(self._runner.settle())
-        self._timer.over(Phase.EXCHANGE, self._courier.num_bytes)
-        self._emit(Settled(self.peers.key, model_facts(self._runner)))
-
-    def _order(self, request: Request, transfers: tuple[Transfer, ...]) -> None:
+    def order(self, exchange: Exchange) -> None:
+        """Let the KV of a request travel; room for it has been booked."""
         self._num_orders += 1
         order = Order(
             serial=self._num_orders,
-            key=request.kv_key,
-            num_tokens=request.num_computed_tokens,
-            transfers=transfers,
+            key=exchange.request.kv_key,
+            num_tokens=exchange.request.num_computed_tokens,
+            transfers=exchange.transfers,
         )
         self._flush_releases()  # first: what this order takes may be what they free
         self.peers.send_next(FrameKind.ORDER, order)

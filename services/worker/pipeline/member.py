@@ -1,22 +1,27 @@
 """A worker's part in groups, in its engine thread.
 
-    prepare(peers)    links are up; frames of the group wait
-    commit(key)       at a batch boundary: layers are given up, KV grows; a follower hands its
-                      requests over, the leader parks its own; from then on frames are handled
+    prepare(...)   links are up; missing layers are loaded while the worker serves as before
+    commit()       at a batch boundary: layers are given up, KV grows; a follower hands its
+                   requests over, the leader parks its own or lets them go on where they run
+    settled        nobody's KV lies along a layout of before any more: its memory may be used
 
 A worker has at most one *serving* role; without one it is a replica. A role that it had before is
 a *former* one for as long as somebody's KV or batches need it. Frames find their role by the key of
-their group. What happens is told to the event loop as events.
+their group; those of the next group wait for the commit. What happens is told as events.
+
+A commit waits where layers are given up that the pipeline of before computes: its leader makes no
+more batches, waits for those in flight and says so (Quiesce); then everybody commits.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from services.worker.core import EngineCore
 from services.worker.engine.request import KvKey
-from services.worker.engine.scheduler import Scheduler
+from services.worker.engine.scheduler import PauseState, Scheduler
 from services.worker.facts import model_facts
 from services.worker.inspection import EngineInspection, inspect_engine
 from services.worker.links.base import DownReason, Link, LinkFrame
@@ -26,13 +31,18 @@ from services.worker.pipeline.events import (
     GroupEvent,
     Phase,
     PhaseTimed,
+    Prepared,
     PrepareFailed,
+    Settled,
 )
 from services.worker.pipeline.leader import PipelineLeader
+from services.worker.pipeline.leadership import Leadership
 from services.worker.pipeline.peers import GroupKey, GroupPeers
 from services.worker.pipeline.role import Role
 from services.worker.pipeline.stage import FollowerStage
+from services.worker.regrouping import Regrouping
 from shared.errors import KunserveError
+from shared.layout import Span
 from shared.messages import TokenItem
 
 
@@ -41,113 +51,169 @@ class GroupLostError(KunserveError):
 
 
 @dataclass(slots=True)
-class _Prepared:
-    peers: GroupPeers
+class _Proposal:
+    """A layout that may be committed; `peers` is None where the worker shall serve alone."""
+
+    regrouping: Regrouping
+    peers: GroupPeers | None
     frames: list[LinkFrame] = field(default_factory=list)
+    is_due: bool = False
 
 
 class GroupMember:
-    """Groups of one worker: any number prepared or former, one served in at most.
+    """Groups of one worker: one served in at most, former ones, and one that may be next.
 
     Engine thread only.
     """
 
     def __init__(self, core: EngineCore, scheduler: Scheduler, runner: ModelRunner) -> None:
+        """Take a replica's parts."""
         self._core = core
         self._scheduler = scheduler
         self._runner = runner
-        self._prepared: dict[GroupKey, _Prepared] = {}
+        self._alone = scheduler.relocation.route
+        self._proposal: _Proposal | None = None
         self._serving: Role | None = None
         self._roles: dict[GroupKey, Role] = {}  # the serving one, and former ones
+        self._leadership = Leadership(scheduler)
         self._retired: list[GroupPeers] = []
+        self._unsettled: int | None = None  # epoch of the layout that is settling
         self._events: list[GroupEvent] = []
 
     # --- the layout changes ----------------------------------------------------------------------
 
-    def prepare(self, peers: GroupPeers) -> None:
-        """Keep the links of a group that may be committed; one may be down already."""
-        self._prepared[peers.key] = _Prepared(peers)
-        if not peers.is_connected:
-            self.abandon(peers.key)
-            self._events.append(PrepareFailed(peers.key, "a link of the group is down"))
+    def prepare(self, regrouping: Regrouping, peers: GroupPeers | None) -> None:
+        """Get ready for a layout that may be committed; a link of it may be down already."""
+        self._proposal = _Proposal(regrouping, peers)
+        if peers is not None and not peers.is_connected:
+            self._fail("a link of the group is down")
+        elif self._serving is not None and regrouping.loads:
+            self._serving.prepare(regrouping)
+        else:
+            self._events.append(Prepared(regrouping.epoch, model_facts(self._runner)))
 
-    def abandon(self, key: GroupKey) -> None:
-        """A prepared group will not be committed; its links are closed."""
-        prepared = self._prepared.pop(key, None)
-        if prepared is not None:
-            prepared.peers.close()
+    def abandon(self) -> None:
+        """What was prepared will not be committed; its links are closed, its layers given up."""
+        proposal, self._proposal = self._proposal, None
+        if proposal is not None and proposal.peers is not None:
+            proposal.peers.close()
+        if self._serving is not None:
+            self._serving.undo()
 
-    def commit(self, key: GroupKey, now: float) -> list[TokenItem]:
-        """Serve in a prepared group from now on. The worker served alone before.
+    def commit(self) -> None:
+        """Serve as prepared as soon as the layout before allows it.
 
         Raises:
-            ValueError: the group is not prepared, or the worker serves in one already.
+            ValueError: nothing is prepared.
         """
-        if key not in self._prepared or self._serving is not None:
-            raise ValueError(f"group {key.group_id} cannot be committed now")
-        prepared = self._prepared.pop(key)
-        self._retire()
+        if self._proposal is None:
+            raise ValueError("no layout is prepared")
+        self._proposal.is_due = True
+        self._scheduler.pause(PauseState.STOPPED)
+
+    def _commit_if_possible(self, now: float) -> list[TokenItem]:
+        proposal = self._proposal
+        if proposal is None or not proposal.is_due:
+            return []
+        if self._serving is not None and proposal.regrouping.stops and not self._serving.is_quiet:
+            return []
+        self._proposal = None
         began_at, weights_before = time.perf_counter(), self._runner.pool.usage.weight_bytes
-        self._serving = self._roles[key] = self._begin(prepared.peers)
+        self._change(proposal.regrouping, proposal.peers)
         given_up = weights_before - self._runner.pool.usage.weight_bytes
         seconds = time.perf_counter() - began_at
         self._events.append(PhaseTimed(Phase.COMMIT, seconds, given_up))
-        self._events.append(Committed(key, model_facts(self._runner)))
-        return [item for frame in prepared.frames for item in self.on_frame(frame, now)]
+        self._events.append(Committed(proposal.regrouping.epoch, model_facts(self._runner)))
+        return [item for frame in proposal.frames for item in self.on_frame(frame, now)]
 
-    def _begin(self, peers: GroupPeers) -> Role:
-        if not peers.is_leader:
-            stage = FollowerStage(peers, self._runner, self._scheduler, self._events.append)
-            stage.begin()
-            return stage
-        leader = PipelineLeader(peers, self._runner, self._scheduler, self._events.append)
-        leader.begin()
-        self._core.add_pipeline(peers.route, leader)
-        return leader
-
-    def prepare_restore(self, epoch: int) -> None:
-        """Get the missing layers back for the plan of `epoch`, while the pipeline serves."""
-        if self._serving is not None:
-            self._serving.prepare_restore(epoch)
-
-    def undo_restore(self) -> None:
-        """The pipeline stays as it is."""
-        if self._serving is not None:
-            self._serving.undo_restore()
-
-    def commit_restore(self) -> None:
-        """Serve alone; what is on the pipeline, now a former one, leaves it bit by bit."""
+    def _change(self, regrouping: Regrouping, peers: GroupPeers | None) -> None:
+        """Serve in the next layout; no batch is in flight on a pipeline that gives up layers."""
         former, self._serving = self._serving, None
+        self._close_retired()
+        self._unsettled = regrouping.epoch
+        if peers is None:
+            self._serve_alone(parks=regrouping.stops)
+        elif peers.is_leader:
+            self._lead(peers, parks=former is None or regrouping.stops)
+        else:
+            self._follow(peers)
         if former is not None:
-            former.commit_restore()
+            former.leave(regrouping)
+        self._scheduler.pause(PauseState.RUNNING)
+
+    def _serve_alone(self, *, parks: bool) -> None:
+        self._scheduler.relocation.enter(self._alone)
+        if parks:
+            self._scheduler.relocation.park_running()
+        whole = Span(start=0, end=self._runner.config.num_layers)
+        self._scheduler.blocks.grow(self._runner.keep(whole))
+
+    def _lead(self, peers: GroupPeers, *, parks: bool) -> None:
+        flush = self._leadership.flush_releases
+        leader = PipelineLeader(peers, self._runner, self._scheduler, self._events.append, flush)
+        leader.begin(parks=parks)
+        self._core.add_pipeline(peers.route, leader)
+        self._leadership.leaders.append(leader)
+        self._serving = self._roles[peers.key] = leader
+
+    def _follow(self, peers: GroupPeers) -> None:
+        stage = FollowerStage(
+            peers, self._runner, self._scheduler, self._events.append, self._on_release
+        )
+        stage.begin()
+        self._scheduler.relocation.enter(self._alone)
+        self._serving = self._roles[peers.key] = stage
+
+    def _fail(self, reason: str) -> None:
+        if self._proposal is not None:
+            self._events.append(PrepareFailed(self._proposal.regrouping.epoch, reason))
+
+    # --- the layout before -----------------------------------------------------------------------
+
+    @property
+    def _former(self) -> list[Role]:
+        return [role for role in self._roles.values() if role is not self._serving]
 
     def _end_what_is_over(self) -> None:
         """Forget pipelines that are dissolved, but not their links: last frames may be on them.
 
-        They are closed when the worker joins another group.
+        They are closed at the next commit.
         """
-        for key, role in list(self._roles.items()):
-            if role.is_over and role is not self._serving:
+        for role in self._former:
+            if role.is_over:
                 self._core.remove_pipeline(role.peers.route)
+                self._leadership.leaders = [x for x in self._leadership.leaders if x is not role]
                 self._retired.append(role.peers)
-                del self._roles[key]
+                del self._roles[role.peers.key]
 
-    def _retire(self) -> None:
+    def _close_retired(self) -> None:
         for peers in self._retired:
             peers.close()
         self._retired.clear()
+
+    def _settle_if_possible(self) -> None:
+        """Use the memory of KV that nobody needs any more."""
+        if self._unsettled is None or self._former:
+            return
+        if self._serving is not None:
+            if not self._serving.is_settled:
+                return
+            self._serving.settle()
+        epoch, self._unsettled = self._unsettled, None
+        self._scheduler.blocks.grow(self._runner.settle())
+        self._events.append(Settled(epoch, model_facts(self._runner)))
 
     # --- links -----------------------------------------------------------------------------------
 
     def on_frame(self, frame: LinkFrame, now: float) -> list[TokenItem]:
         """Handle a frame, or keep it until its group is committed; an old one is discarded."""
         key = GroupKey(frame.group_id, frame.epoch)
-        role = self._roles.get(key)
+        role, proposal = self._roles.get(key), self._proposal
         if role is not None:
             outcome = role.handle(frame, now)
             return [] if outcome is None else self._core.finish(outcome)
-        if key in self._prepared:
-            self._prepared[key].frames.append(frame)
+        if proposal is not None and proposal.peers is not None and proposal.peers.key == key:
+            proposal.frames.append(frame)
         return []
 
     def on_down(self, link: Link, reason: DownReason) -> None:
@@ -160,28 +226,35 @@ class GroupMember:
         detail = f"the link to {link.peer.worker_id} is down: {reason.value}"
         if any(role.peers.has_link(link) for role in self._roles.values()):
             raise GroupLostError(detail)
-        for key, prepared in list(self._prepared.items()):
-            if prepared.peers.has_link(link):
-                self.abandon(key)
-                self._events.append(PrepareFailed(key, detail))
+        proposal = self._proposal
+        if proposal is not None and proposal.peers is not None and proposal.peers.has_link(link):
+            if proposal.is_due:
+                raise GroupLostError(detail)
+            self._fail(detail)
+
+    def _on_release(self, stage: FollowerStage, keys: Sequence[KvKey]) -> None:
+        """A leader had keys freed; on another chain of the same leader their orders are void."""
+        stages = [role for role in self._roles.values() if isinstance(role, FollowerStage)]
+        for other in stages:
+            if other is not stage and other.peers.leader == stage.peers.leader:
+                other.note_gone(keys)
 
     # --- rounds ----------------------------------------------------------------------------------
 
-    def pump(self) -> None:
-        """Send what can be sent now; called before and after each batch."""
+    def pump(self, now: float) -> list[TokenItem]:
+        """Do what is due, send what can be sent; called before and after each batch."""
         for role in self._roles.values():
             role.pump()
+        items = self._commit_if_possible(now)
+        self._leadership.start_exchanges()
         self._end_what_is_over()
+        self._settle_if_possible()
+        return items
 
     @property
     def is_busy(self) -> bool:
         """True while there is something to do that nobody will announce."""
         return any(role.is_busy for role in self._roles.values())
-
-    def release(self, keys: tuple[KvKey, ...]) -> None:
-        """Free what requests hold here that nobody wanted any more when they were handed over."""
-        if isinstance(self._serving, FollowerStage):
-            self._serving.release_unwanted(keys)
 
     def inspect(self) -> EngineInspection:
         """What the engine holds, and whether its books agree."""
@@ -195,8 +268,8 @@ class GroupMember:
 
     def close(self) -> None:
         """Close all links; the peers notice."""
-        for key in list(self._prepared):
-            self.abandon(key)
+        if self._proposal is not None and self._proposal.peers is not None:
+            self._proposal.peers.close()
         for role in self._roles.values():
             role.peers.close()
-        self._retire()
+        self._close_retired()

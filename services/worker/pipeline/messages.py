@@ -5,7 +5,8 @@
     any    --KvPart--> any --Filled--> leader                           one request's KV
     follower --HandOver--> leader                                       once, when it has committed
     follower --Capacity--> leader                                       when its blocks got more
-    follower --ShrinkRequest--> leader --GiveBack--> all                when it shall be whole again
+    follower --ShrinkRequest--> leader --GiveBack--> all                when it shall get layers
+    leader --Quiesce--> stage 1 --> stage 2 --> ...                     when no batch will follow
     leader --Dissolve--> stage 1 --> stage 2 --> ...                    when no request is left
 
 All that the leader orders goes down the chain of stages with its batches, so that every stage sees
@@ -40,6 +41,7 @@ class FrameKind(IntEnum):
     SHRINK_REQUEST = 10
     GIVE_BACK = 11
     DISSOLVE = 12
+    QUIESCE = 13
 
 
 class RowMessage(WireModel):
@@ -127,10 +129,7 @@ class Capacity(Message):
 
 
 class ShrinkRequest(Message):
-    """`worker_id` shall hold every layer again and then has room for `num_blocks` blocks.
-
-    `epoch` is that of the plan which says so.
-    """
+    """`worker_id` shall get layers, as the plan of `epoch` says, and then has `num_blocks` left."""
 
     worker_id: str
     epoch: int
@@ -138,13 +137,21 @@ class ShrinkRequest(Message):
 
 
 class GiveBack(Message):
-    """So many blocks less of each worker are booked by the leader."""
+    """So many blocks less of each worker are booked by the leader.
+
+    `epoch` is that of the plan for which the stages asked for it; 0 if they did not.
+    """
 
     num_blocks: dict[str, int]
+    epoch: int = 0
+
+
+class Quiesce(Message):
+    """No batch will come any more: layers of the pipeline may be given up."""
 
 
 class Dissolve(Message):
-    """No request is left on the pipeline: its members are replicas."""
+    """No request is left on the pipeline: nobody needs its members any more."""
 
 
 class Settle(Message):
@@ -158,6 +165,7 @@ class RequestMessage(WireModel):
 
     Attributes:
         origin: where its KV lies; empty where it has none.
+        is_wanted: False if its client went away meanwhile: only its KV is to be freed.
     """
 
     request_id: str
@@ -173,6 +181,7 @@ class RequestMessage(WireModel):
     queued_seconds: float | None
     origin_id: str = ""
     origin: tuple[RouteStage, ...] = ()
+    is_wanted: bool = True
     items: tuple[TokenItem, ...] = Field(default=(), description="said to its router so far")
 
 

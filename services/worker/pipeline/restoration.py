@@ -1,8 +1,8 @@
-"""A member gets its missing layers back while its pipeline serves. Engine thread.
+"""A member gets layers that its next group needs while its pipeline serves. Engine thread.
 
-SHRINKING  blocks that a whole replica cannot hold are given up, at a batch boundary
-LOADING    their chunks become weights again, piece by piece between two batches
-WHOLE      every layer of the span has its weights and its KV
+SHRINKING  blocks that there is no room for beside those layers are given up, at a batch boundary
+LOADING    their chunks become weights, piece by piece between two batches
+LOADED     the layers have their weights and as many KV blocks as those that are served
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from enum import Enum, auto
 from services.worker.engine.block_manager import BlockMove
 from services.worker.facts import model_facts
 from services.worker.model.runner import ModelRunner
-from services.worker.pipeline.events import EventSink, Phase, PhaseTimed, Restored
+from services.worker.pipeline.events import EventSink, Phase, PhaseTimed, Prepared
 from services.worker.pipeline.load_pacer import LoadPacer
-from services.worker.pipeline.peers import GroupPeers
 from shared.layout import Span
 
 
@@ -25,23 +24,22 @@ class RestorationState(Enum):
 
     SHRINKING = auto()
     LOADING = auto()
-    WHOLE = auto()
+    LOADED = auto()
 
 
 class Restoration:
-    """One restore of one member, until it is committed or called off.
+    """One member's preparation for a group, until it is committed or called off.
 
     Attributes:
         epoch: of the plan that asks for it.
+        num_blocks: what will be left.
     """
 
-    def __init__(
-        self, peers: GroupPeers, runner: ModelRunner, emit: EventSink, epoch: int, span: Span
-    ) -> None:
-        """Begin. `span` is what shall be here when it is WHOLE; it includes what is."""
+    def __init__(self, runner: ModelRunner, emit: EventSink, epoch: int, span: Span) -> None:
+        """Begin to get `span`."""
         self.epoch = epoch
         self.state = RestorationState.SHRINKING
-        self._peers = peers
+        self.num_blocks = min(runner.num_blocks, runner.blocks_with(span))
         self._runner = runner
         self._emit = emit
         self._span = span
@@ -51,8 +49,8 @@ class Restoration:
         self._pacer = LoadPacer(self._began_at)
 
     def shrunk(self, moves: Sequence[BlockMove]) -> None:
-        """Blocks that are left are numbered as a replica numbers them, after these moves."""
-        self._runner.shrink(self._runner.replica_blocks, moves)
+        """Blocks that are left have the lowest numbers, after these moves."""
+        self._runner.shrink(self.num_blocks, moves)
         self._pieces = self._runner.load_missing(self._span)
         self._began_at = time.perf_counter()
         self.state = RestorationState.LOADING
@@ -74,9 +72,9 @@ class Restoration:
         self._pacer.used(now)
 
     def undo(self) -> int:
-        """Give everything up again; returns the blocks of the layers that are kept."""
+        """Give everything up again; returns the blocks of the layers that are served."""
         self._pieces = iter(())
-        self._runner.keep(self._peers.span)
+        self._runner.keep(self._runner.span)
         return self._runner.settle()
 
     def _load_piece(self) -> None:
@@ -84,7 +82,7 @@ class Restoration:
         if num_bytes is not None:
             self._num_bytes += num_bytes
             return
-        self.state = RestorationState.WHOLE
+        self.state = RestorationState.LOADED
         seconds = time.perf_counter() - self._began_at
         self._emit(PhaseTimed(Phase.LOAD, seconds, self._num_bytes))
-        self._emit(Restored(self._peers.key, model_facts(self._runner)))
+        self._emit(Prepared(self.epoch, model_facts(self._runner)))

@@ -7,6 +7,7 @@ from typing import Protocol
 from services.worker.batch_io import BatchOutcome
 from services.worker.links.base import LinkFrame
 from services.worker.pipeline.peers import GroupPeers
+from services.worker.regrouping import Regrouping
 
 
 class Role(Protocol):
@@ -15,16 +16,6 @@ class Role(Protocol):
     @property
     def peers(self) -> GroupPeers:
         """The group, and the links to its other members."""
-        ...
-
-    @property
-    def is_over(self) -> bool:
-        """True when no other member needs this worker's part any more."""
-        ...
-
-    @property
-    def is_busy(self) -> bool:
-        """True while `pump` has something to do whatever arrives."""
         ...
 
     def handle(self, frame: LinkFrame, now: float) -> BatchOutcome | None:
@@ -37,17 +28,45 @@ class Role(Protocol):
         ...
 
     def pump(self) -> None:
-        """Send what can be sent now."""
+        """Do what is due and send what can be sent."""
         ...
 
-    def prepare_restore(self, epoch: int) -> None:
-        """Get the missing layers back while the pipeline serves."""
+    @property
+    def is_busy(self) -> bool:
+        """True while `pump` has something to do whatever arrives."""
         ...
 
-    def undo_restore(self) -> None:
-        """The pipeline stays."""
+    # --- the layout before -----------------------------------------------------------------------
+
+    @property
+    def is_settled(self) -> bool:
+        """True if no request of the group is left on another route."""
         ...
 
-    def commit_restore(self) -> None:
-        """Serve alone; what is on the pipeline leaves it bit by bit."""
+    def settle(self) -> None:
+        """Nothing is left of the layouts before; called once."""
+        ...
+
+    # --- the next layout -------------------------------------------------------------------------
+
+    def prepare(self, regrouping: Regrouping) -> None:
+        """Get the layers that are needed next, while the pipeline serves."""
+        ...
+
+    def undo(self) -> None:
+        """What was prepared will not be: the pipeline stays."""
+        ...
+
+    @property
+    def is_quiet(self) -> bool:
+        """True if no batch is on its way through the pipeline, and none will be."""
+        ...
+
+    def leave(self, regrouping: Regrouping) -> None:
+        """Another layout serves from now on; this role is a former one."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """True when nobody needs this worker's part any more."""
         ...

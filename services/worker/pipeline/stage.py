@@ -6,17 +6,17 @@ ids are its own. Runs in the engine thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
 
 import structlog
 
 from services.worker.engine.request import KvKey
 from services.worker.engine.scheduler import Scheduler
-from services.worker.facts import model_facts
 from services.worker.links.base import Buffer, LinkFrame
 from services.worker.model.batch import SequenceSlice, make_batch
 from services.worker.model.runner import ModelRunner
-from services.worker.pipeline.events import Dissolved, EventSink, HandedOver, Phase, Settled
+from services.worker.pipeline.events import EventSink, HandedOver, Phase
 from services.worker.pipeline.kv_courier import KvCourier
 from services.worker.pipeline.kv_transfer import as_buffer, float_tensor
 from services.worker.pipeline.messages import (
@@ -28,6 +28,7 @@ from services.worker.pipeline.messages import (
     KvPart,
     Microbatch,
     Order,
+    Quiesce,
     Release,
     Settle,
     ShrinkRequest,
@@ -37,42 +38,57 @@ from services.worker.pipeline.peers import GroupPeers
 from services.worker.pipeline.phase_timer import PhaseTimer
 from services.worker.pipeline.restoration import Restoration, RestorationState
 from services.worker.pipeline.rows import sampling_row
-from shared.layout import Span
+from services.worker.regrouping import Regrouping
 from shared.messages import unpack_token_ids
+
+
+class _StageState(Enum):
+    """Only ever goes on."""
+
+    SERVING = auto()  # whatever is free here is the leader's
+    QUIET = auto()  # no batch will come any more; layers may be given up
+    FORMER = auto()  # this worker serves in another layout
 
 
 class FollowerStage:
     """A worker that another one leads, from its commit on."""
 
     def __init__(
-        self, peers: GroupPeers, runner: ModelRunner, scheduler: Scheduler, emit: EventSink
+        self,
+        peers: GroupPeers,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        emit: EventSink,
+        on_release: Callable[[FollowerStage, Sequence[KvKey]], None],
     ) -> None:
-        """Take a worker's scheduler, which has no requests after `begin`."""
+        """Take a worker's scheduler, which has no requests after `begin`.
+
+        Args:
+            on_release: told of all keys that the leader wants freed.
+        """
         self.peers = peers
         self._runner = runner
         self._scheduler = scheduler
         self._blocks = scheduler.blocks.stage
         self._emit = emit
+        self._on_release = on_release
         self._timer = PhaseTimer(emit)
         self._courier = KvCourier(peers, runner, self._table)
         self._restoration: Restoration | None = None
-        self._is_alone = False
+        self._gone: set[KvKey] = set()
+        self._state = _StageState.SERVING
+        self._is_settled = False
         self._is_dissolved = False
         self._log = structlog.get_logger(component="stage", group=peers.key.group_id)
 
     def begin(self) -> None:
-        """Give layers up and all requests away; no batch may be in flight."""
-        requests = self._scheduler.relocation.hand_over_all()
-        num_blocks = self._lend_all(self._runner.keep(self.peers.span))
-        self._emit(HandedOver(self.peers, tuple(requests), num_blocks))
+        """Serve the layers of this stage and no others; all requests go to the leader.
 
-    def release_unwanted(self, keys: Sequence[KvKey]) -> None:
-        """Nobody wants requests any more that were to be handed over; the leader has their room."""
-        num_blocks = 0
-        for key in keys:
-            num_blocks += len(self._table(key) or ())
-            self._blocks.release(key)
-        self._send_capacity(num_blocks)
+        No batch may be in flight.
+        """
+        requests = self._scheduler.relocation.hand_over_all()
+        self._scheduler.blocks.grow(self._runner.keep(self.peers.span))
+        self._emit(HandedOver(self.peers, tuple(requests), self._lend_free()))
 
     def handle(self, frame: LinkFrame, now: float) -> None:
         """Act on a frame from the leader, from the stage before, or with KV.
@@ -92,18 +108,25 @@ class FollowerStage:
                 part = KvPart.decode(frame.header)
                 self._tell_filled(self._courier.take(part, frame.buffers[0]))
             case FrameKind.SETTLE:
-                self._settle(Settle.decode(frame.header))
+                self._note_settled(Settle.decode(frame.header))
             case FrameKind.GIVE_BACK:
                 self._take_back(GiveBack.decode(frame.header))
+            case FrameKind.QUIESCE:
+                self._quiesce(Quiesce.decode(frame.header))
             case FrameKind.DISSOLVE:
                 self._dissolve(Dissolve.decode(frame.header))
             case _:
                 raise ValueError(f"a follower has no use for a frame of kind {frame.kind}")
 
     def pump(self) -> None:
-        """Load a part of the model, if that is due; send KV that waited for room on its link."""
+        """Load a part of the model, lend what is free, send KV: whatever is due."""
         if self._restoration is not None:
             self._restoration.pump()
+        elif self._state is _StageState.SERVING:
+            num_blocks = self._lend_free()
+            if num_blocks:
+                capacity = Capacity(worker_id=self.peers.worker_id, num_blocks=num_blocks)
+                self.peers.send(self.peers.leader, FrameKind.CAPACITY, capacity)
         self.peers.push_bulk()
 
     @property
@@ -112,52 +135,74 @@ class FollowerStage:
         is_loading = self._restoration is not None and self._restoration.is_busy
         return self.peers.has_backlog or is_loading
 
-    @property
-    def is_over(self) -> bool:
-        """True when this worker serves alone and nobody needs its part of the pipeline."""
-        return self._is_dissolved and self._is_alone
+    # --- the next layout -------------------------------------------------------------------------
 
-    # --- restore ---------------------------------------------------------------------------------
-
-    def prepare_restore(self, epoch: int) -> None:
-        """Get the missing layers back while the pipeline serves."""
-        whole = Span(start=0, end=self._runner.config.num_layers)
-        self._restoration = Restoration(self.peers, self._runner, self._emit, epoch, whole)
+    def prepare(self, regrouping: Regrouping) -> None:
+        """Get what is needed next and is missing here, when the leader has made room."""
+        own = self.peers.worker_id
+        restoration = Restoration(
+            self._runner, self._emit, regrouping.epoch, regrouping.span_after(own)
+        )
+        self._restoration = restoration
         request = ShrinkRequest(
-            worker_id=self.peers.worker_id, epoch=epoch, num_blocks=self._runner.replica_blocks
+            worker_id=own, epoch=restoration.epoch, num_blocks=restoration.num_blocks
         )
         self.peers.send(self.peers.leader, FrameKind.SHRINK_REQUEST, request)
 
-    def undo_restore(self) -> None:
+    def undo(self) -> None:
         """The pipeline stays."""
         if self._restoration is not None:
-            self._send_capacity(self._lend_all(self._restoration.undo()))
+            self._scheduler.blocks.grow(self._restoration.undo())
             self._restoration = None
 
-    def commit_restore(self) -> None:
-        """Serve new requests alone; those on the pipeline go on until they have left."""
-        self._runner.serve_all()
-        self._is_alone = True
-        self._end_if_over()
+    @property
+    def is_quiet(self) -> bool:
+        """True if the leader has said that no batch will come any more."""
+        return self._state is _StageState.QUIET
+
+    def leave(self, regrouping: Regrouping) -> None:
+        """Another layout serves from now on; this pipeline goes on until its leader ends it."""
+        self._restoration = None
+        self._state = _StageState.FORMER
+
+    @property
+    def is_over(self) -> bool:
+        """True when another layout serves here and nobody needs this one any more."""
+        return self._is_dissolved and self._state is _StageState.FORMER
 
     def _take_back(self, message: GiveBack) -> None:
-        """The leader books less here from now on: for a restore, or for own requests."""
+        """The leader books less here from now on: layers shall come, or requests left."""
         self.peers.send_next(FrameKind.GIVE_BACK, message)
         self._blocks.take_back(message.num_blocks.get(self.peers.worker_id, 0))
-        if self._restoration is None:  # called off here: the leader shall have it again
-            self._send_capacity(self._lend_all(self._runner.num_blocks))
-        elif self._restoration.state is RestorationState.SHRINKING:
-            self._restoration.shrunk(self._scheduler.blocks.shrink(0, ()))
+        restoration = self._restoration
+        if restoration is None or restoration.epoch != message.epoch:
+            return
+        if restoration.state is RestorationState.SHRINKING:
+            restoration.shrunk(self._scheduler.blocks.shrink(0, ()))
+
+    def _quiesce(self, message: Quiesce) -> None:
+        self.peers.send_next(FrameKind.QUIESCE, message)
+        if self._state is _StageState.SERVING:
+            self._state = _StageState.QUIET
 
     def _dissolve(self, message: Dissolve) -> None:
         self.peers.send_next(FrameKind.DISSOLVE, message)
         self._is_dissolved = True
-        self._end_if_over()
 
-    def _end_if_over(self) -> None:
-        if self.is_over:
-            self._blocks.release_all()
-            self._emit(Dissolved(self.peers.key))
+    # --- the layout before -----------------------------------------------------------------------
+
+    @property
+    def is_settled(self) -> bool:
+        """True if the leader has said that no request is left on another route."""
+        return self._is_settled
+
+    def settle(self) -> None:
+        """No KV of layers given up is needed any more."""
+        self._timer.over(Phase.EXCHANGE, self._courier.num_bytes)
+
+    def _note_settled(self, message: Settle) -> None:
+        self.peers.send_next(FrameKind.SETTLE, message)
+        self._is_settled = True
 
     # --- batches ---------------------------------------------------------------------------------
 
@@ -204,12 +249,24 @@ class FollowerStage:
 
     def _release(self, message: Release) -> None:
         self.peers.send_next(FrameKind.RELEASE, message)
-        for key in message.keys.get(self.peers.worker_id, ()):
+        keys = message.keys.get(self.peers.worker_id, ())
+        for key in keys:
             self._blocks.release(key)
+        self._on_release(self, [key for key in keys if key not in self._gone])
+        self._gone.difference_update(keys)
+
+    def note_gone(self, keys: Sequence[KvKey]) -> None:
+        """The leader had keys freed on the way of another pipeline that it leads here.
+
+        An order of before, still on its way down this chain, must not take room for them again.
+        """
+        self._gone.update(keys)
 
     def _obey(self, order: Order) -> None:
         """Make room for KV that will come, and send what others need."""
         self.peers.send_next(FrameKind.ORDER, order)
+        if order.key in self._gone:
+            return
         here = self.peers.worker_id
         try:
             if any(transfer.destination == here for transfer in order.transfers):
@@ -232,23 +289,8 @@ class FollowerStage:
     def _send_filled(self, filled: Filled) -> None:
         self.peers.send(self.peers.leader, FrameKind.FILLED, filled)
 
-    # --- size ------------------------------------------------------------------------------------
-
-    def _settle(self, message: Settle) -> None:
-        """No KV of layers given up is needed any more: let the leader use its memory."""
-        self.peers.send_next(FrameKind.SETTLE, message)
-        self._send_capacity(self._lend_all(self._runner.settle()))
-        self._timer.over(Phase.EXCHANGE, self._courier.num_bytes)
-        self._emit(Settled(self.peers.key, model_facts(self._runner)))
-
-    def _lend_all(self, num_blocks: int) -> int:
-        """Let the leader book whatever is free in a pool of now `num_blocks` blocks."""
-        blocks = self._scheduler.blocks
-        blocks.grow(num_blocks)
-        num_lent = blocks.num_free(self.peers.worker_id)
-        self._blocks.lend(num_lent)
-        return num_lent
-
-    def _send_capacity(self, num_blocks: int) -> None:
-        capacity = Capacity(worker_id=self.peers.worker_id, num_blocks=num_blocks)
-        self.peers.send(self.peers.leader, FrameKind.CAPACITY, capacity)
+    def _lend_free(self) -> int:
+        """Let the leader book whatever is free; returns how much that is."""
+        num_blocks = self._scheduler.blocks.num_free(self.peers.worker_id)
+        self._blocks.lend(num_blocks)
+        return num_blocks

@@ -176,8 +176,9 @@ def test_planners_know_the_blocks_of_every_layout(
             blocks.append(runner.settle())
             assert model_facts(runner).layers == (span,)
             runner.shrink(shape.whole_blocks, ())
-            for _ in runner.load_missing(Span(start=0, end=NUM_LAYERS)):
+            whole = Span(start=0, end=NUM_LAYERS)
+            for _ in runner.load_missing(whole):
                 pass
-            runner.serve_all()
+            runner.keep(whole)
             assert runner.num_blocks == shape.whole_blocks
         assert min(blocks) == slicing.num_blocks

@@ -23,12 +23,13 @@ from services.worker.links.config import LinkConfig
 from services.worker.links.link import StreamLink
 from services.worker.links.shm import create_ring_memory
 from services.worker.model.runner import ModelRunner
-from services.worker.pipeline.events import GroupEvent, HandedOver
+from services.worker.pipeline.events import GroupEvent, HandedOver, Prepared, Settled
 from services.worker.pipeline.handover import pack_request
 from services.worker.pipeline.member import GroupMember
 from services.worker.pipeline.messages import FrameKind, HandOver
-from services.worker.pipeline.peers import GroupKey, GroupPeers
-from shared.layout import GroupPlan, MemberPlan, Span
+from services.worker.pipeline.peers import GroupPeers
+from services.worker.regrouping import Regrouping, pipeline_of
+from shared.layout import GroupPlan, LayoutState, MemberPlan, Plan, Span
 from shared.messages import TokenItem
 from tests.conftest import DEADLINE_SECONDS
 from tests.link_peer import connected_sockets, make_stream
@@ -70,7 +71,8 @@ class Engine:
     inbox: queue.SimpleQueue[LinkFrame] = field(default_factory=queue.SimpleQueue)
     downs: list[tuple[Link, DownReason]] = field(default_factory=list)
     items: list[TokenItem] = field(default_factory=list)
-    events: list[GroupEvent] = field(default_factory=list)
+    events: list[GroupEvent] = field(default_factory=list)  # since the last layout was prepared
+    is_preparing: bool = False
 
     def on_frame(self, link: Link, frame: LinkFrame) -> None:
         self.inbox.put(frame)
@@ -84,14 +86,15 @@ class Engine:
         num_frames = self.inbox.qsize()
         for _ in range(num_frames):
             self.items += self.member.on_frame(self.inbox.get(), now)
-        self.member.pump()
+        self.items += self.member.pump(now)
         self.items += self.core.step(now)
-        self.member.pump()
+        self.items += self.member.pump(now)
         events = self.member.take_events()
         for event in events:
             if isinstance(event, HandedOver):
                 self._send_requests(event)
         self.events += events
+        self.runner.unmap_stale()
         return bool(num_frames or events or not self.core.is_waiting)
 
     def of(self, request_id: str) -> list[TokenItem]:
@@ -128,22 +131,100 @@ def make_engine(
 
 @dataclass
 class Cluster:
-    """Engines, and the group they may become."""
+    """Engines that a test regroups as plans do; replicas at first."""
 
     engines: list[Engine]
-    group: GroupPlan
+    transport: Transport = Transport.SHM
+    plan: Plan = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plan = self._plan(6, *([position] for position in range(len(self.engines))))
 
     @property
     def leader(self) -> Engine:
         return self.engines[0]
 
     @property
-    def key(self) -> GroupKey:
-        return GroupKey(self.group.group_id, self.group.epoch)
+    def events(self) -> list[GroupEvent]:
+        return [event for engine in self.engines for event in engine.events]
+
+    # --- layouts ---------------------------------------------------------------------------------
+
+    def prepare(self, *groups: Sequence[int], cuts: Sequence[Sequence[int]] = ()) -> None:
+        """Let the engines get ready for groups of them, each named by its workers' numbers.
+
+        Args:
+            cuts: for each group where its layers are cut; evenly where it says nothing.
+        """
+        before, self.plan = self.plan, self._plan(self.plan.epoch + 2, *groups, cuts=cuts)
+        links = self._links()
+        for engine in self.engines:
+            name = engine.worker_id
+            regrouping = Regrouping.of(self.plan, name, pipeline_of(before, name))
+            if regrouping.after == regrouping.before:
+                continue
+            peers = None
+            if regrouping.after is not None:
+                peers = GroupPeers(name, regrouping.after, links[name])
+            engine.events.clear()
+            engine.is_preparing = True
+            engine.member.prepare(regrouping, peers)
 
     def commit(self, engines: Sequence[Engine] | None = None) -> None:
+        """Let those that are preparing commit, or some of them."""
         for engine in self.engines if engines is None else engines:
-            engine.items += engine.member.commit(self.key, time.monotonic())
+            if engine.is_preparing:
+                engine.is_preparing = False
+                engine.member.commit()
+
+    def change(self, *groups: Sequence[int], cuts: Sequence[Sequence[int]] = ()) -> None:
+        """Regroup; returns when all have been told to commit."""
+        changing = self._prepare_fully(*groups, cuts=cuts)
+        self.commit(changing)
+
+    def regroup(self, *groups: Sequence[int], cuts: Sequence[Sequence[int]] = ()) -> None:
+        """Regroup; returns when nothing is left of the layout before."""
+        changing = self._prepare_fully(*groups, cuts=cuts)
+        self.commit(changing)
+        self.run(self.has_settled)
+
+    def has_settled(self) -> bool:
+        """Whether nothing is left of the layout before, at those that took part."""
+        return all(engine.event(Settled) for engine in self.engines if engine.events)
+
+    def _prepare_fully(self, *groups: Sequence[int], cuts: Sequence[Sequence[int]]) -> list[Engine]:
+        self.prepare(*groups, cuts=cuts)
+        changing = [engine for engine in self.engines if engine.is_preparing]
+        self.run(lambda: all(engine.event(Prepared) for engine in changing))
+        return changing
+
+    def _plan(self, epoch: int, *groups: Sequence[int], cuts: Sequence[Sequence[int]] = ()) -> Plan:
+        names = [[self.engines[position].worker_id for position in group] for group in groups]
+        cuts = cuts or [()] * len(groups)
+        return Plan(
+            term=1,
+            epoch=epoch,
+            state=LayoutState.DROPPING,
+            model_id="tiny",
+            num_layers=NUM_LAYERS,
+            groups=tuple(
+                make_group(workers, epoch, inner)
+                for workers, inner in zip(names, cuts, strict=True)
+            ),
+            created_at=0.0,
+        )
+
+    def _links(self) -> dict[str, dict[str, StreamLink]]:
+        """Links between the members of all pipelines that the plan is the first to have."""
+        links: dict[str, dict[str, StreamLink]] = {e.worker_id: {} for e in self.engines}
+        by_name = {engine.worker_id: engine for engine in self.engines}
+        for group in self.plan.groups:
+            for near, far in combinations([m.worker_id for m in group.members], 2):
+                pair = _link(by_name[near], by_name[far], self.transport, group)
+                links[near][far], links[far][near] = pair
+        return links
+
+    # --- time ------------------------------------------------------------------------------------
 
     def run(self, until: object = None) -> None:
         """Turn all engines until none has requests and nothing is on its way, or until `until`."""
@@ -166,6 +247,7 @@ class Cluster:
 
     def check(self) -> None:
         """Nothing leaks on any worker."""
+        self.run(self._grants_agree)
         for engine in self.engines:
             engine.core.check_integrity()
             engine.runner.pool.check_integrity()
@@ -173,12 +255,23 @@ class Cluster:
             assert blocks.num_used(engine.worker_id) == 0
             assert blocks.stage.keys == ()
 
+    def _grants_agree(self) -> bool:
+        """Whether what leaders may book is what was granted: else a frame is on its way."""
+        return all(
+            sum(other.scheduler.blocks.capacity(engine.worker_id) for other in others)
+            == engine.scheduler.blocks.stage.num_granted_blocks
+            for engine in self.engines
+            if (others := [other for other in self.engines if other is not engine])
+        )
+
     def picture(self) -> str:
         """Where everything stands, for a failing test."""
         return "; ".join(
             f"{engine.worker_id} {engine.core.load()}"
             f" in flight {engine.scheduler.num_batches_in_flight}"
-            f" held {len(engine.scheduler.blocks.stage.keys)} down {engine.downs}"
+            f" held {len(engine.scheduler.blocks.stage.keys)}"
+            f" granted {engine.scheduler.blocks.stage.num_granted_blocks}"
+            f" events {[type(event).__name__ for event in engine.events]}"
             for engine in self.engines
         )
 
@@ -192,13 +285,20 @@ class Cluster:
         self.run(lambda: all(not engine.scheduler.blocks.stage.keys for engine in self.engines))
 
 
-def make_group(worker_ids: Sequence[str]) -> GroupPlan:
-    bounds = [NUM_LAYERS * position // len(worker_ids) for position in range(len(worker_ids) + 1)]
+def make_group(worker_ids: Sequence[str], epoch: int = 0, cuts: Sequence[int] = ()) -> GroupPlan:
+    """A pipeline proposed at `epoch`; a replica where there is one worker."""
+    num = len(worker_ids)
+    inner = list(cuts) or [NUM_LAYERS * position // num for position in range(1, num)]
     members = tuple(
         MemberPlan(worker_id=worker_id, span=Span(start=start, end=end))
-        for worker_id, start, end in zip(worker_ids, bounds, bounds[1:], strict=False)
+        for worker_id, start, end in zip(worker_ids, [0, *inner], [*inner, NUM_LAYERS], strict=True)
     )
-    return GroupPlan(group_id="g", epoch=7, members=members)
+    is_pipeline = num > 1
+    return GroupPlan(
+        group_id=f"p{epoch}-{worker_ids[0]}" if is_pipeline else f"g-{worker_ids[0]}",
+        epoch=epoch if is_pipeline else 0,
+        members=members,
+    )
 
 
 @contextmanager
@@ -210,27 +310,20 @@ def open_cluster(
     memory_bytes: int = BUDGET_BYTES,
     **engine: int,
 ) -> Iterator[Cluster]:
-    """Replicas with links to each other, prepared to become one group."""
+    """Replicas, of which the first is meant to lead."""
     names = [f"w{position}" for position in range(num_workers)]
     with ExitStack() as stack:
         runners = [
             stack.enter_context(open_runner(directory, kernels, memory_bytes)) for _ in names
         ]
         engines = [make_engine(n, r, **engine) for n, r in zip(names, runners, strict=True)]
-        cluster = Cluster(engines, make_group(names))
-        links: dict[str, dict[str, StreamLink]] = {name: {} for name in names}
-        for near, far in combinations(engines, 2):
-            pair = _link(near, far, transport, LinkConfig(silence_seconds=30.0))
-            links[near.worker_id][far.worker_id], links[far.worker_id][near.worker_id] = pair
-        for engine in engines:
-            peers = GroupPeers(engine.worker_id, cluster.group, links[engine.worker_id])
-            engine.member.prepare(peers)
-            stack.callback(engine.member.close)
-        yield cluster
+        for each in engines:
+            stack.callback(each.member.close)
+        yield Cluster(engines, transport)
 
 
 def _link(
-    near: Engine, far: Engine, transport: Transport, config: LinkConfig
+    near: Engine, far: Engine, transport: Transport, group: GroupPlan
 ) -> tuple[StreamLink, StreamLink]:
     near_socket, far_socket = connected_sockets(transport)
     memory = create_ring_memory()
@@ -239,8 +332,15 @@ def _link(
         make_stream(transport, far_socket, memory, is_acceptor=True),
     )
     os.close(memory)
+    config = LinkConfig(silence_seconds=30.0)
     links = tuple(
-        StreamLink(stream, LinkPeer(peer.worker_id, "g", 1, 7), config, own.on_frame, own.on_down)
+        StreamLink(
+            stream,
+            LinkPeer(peer.worker_id, group.group_id, 1, group.epoch),
+            config,
+            own.on_frame,
+            own.on_down,
+        )
         for stream, own, peer in zip(streams, (near, far), (far, near), strict=True)
     )
     for link in links:

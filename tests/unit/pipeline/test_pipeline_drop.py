@@ -9,7 +9,6 @@ import pytest
 from services.worker.engine.request import Request, RequestStatus
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.links.base import Transport
-from services.worker.pipeline.events import Settled
 from shared.messages import FinishReason
 from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE, TinyModels
 from tests.unit.model.model_helpers import random_tokens
@@ -34,7 +33,7 @@ def test_a_pipeline_gives_the_tokens_of_a_replica(
 ) -> None:
     expected = undisturbed(directory, kernels, make_requests(8))
     with open_cluster(directory, kernels, transport=transport) as cluster:
-        cluster.commit()
+        cluster.change(range(len(cluster.engines)))
         add(cluster, make_requests(8))
         cluster.run()
         cluster.quiesce()
@@ -57,12 +56,12 @@ def test_streams_live_through_a_drop(
             add(cluster, requests[position::num_workers], at=position)
         cluster.run(lambda: len(cluster.tokens("r0")) >= 5)
         blocks_before = [engine.runner.num_blocks for engine in cluster.engines]
-        cluster.commit()
+        cluster.change(range(len(cluster.engines)))
         cluster.run()
         cluster.quiesce()
         expect(cluster, expected)
         cluster.check()
-        assert all(engine.event(Settled) for engine in cluster.engines)
+        assert cluster.has_settled()
         for engine, before in zip(cluster.engines, blocks_before, strict=True):
             assert engine.runner.num_blocks > before * NUM_LAYERS / len(engine.runner.span)
 
@@ -80,7 +79,7 @@ def test_a_drop_in_mid_prefill(tiny_models: TinyModels, kernels: CpuKernels, hom
         add(cluster, [prefilling], at=home)
         cluster.run(lambda: prefilling.num_computed_tokens > 40)
         assert prefilling.num_computed_tokens < 99
-        cluster.commit()
+        cluster.change(range(len(cluster.engines)))
         cluster.run()
         cluster.quiesce()
         expect(cluster, expected)
@@ -92,13 +91,13 @@ def test_a_drop_brings_the_promised_blocks_at_once(
 ) -> None:
     with open_cluster(tiny_models.directory("llama"), kernels) as cluster:
         before = cluster.leader.runner.num_blocks
-        cluster.commit()
+        cluster.change(range(len(cluster.engines)))
         cluster.run(lambda: cluster.leader.core.load().kv_blocks_total > before)
 
 
 def test_a_cancelled_stream_frees_every_stage(tiny_models: TinyModels, kernels: CpuKernels) -> None:
     with open_cluster(tiny_models.directory("llama"), kernels) as cluster:
-        cluster.commit()
+        cluster.change(range(len(cluster.engines)))
         add(cluster, make_requests(4, max_tokens=100))
         cluster.run(lambda: all(cluster.tokens(f"r{index}") for index in range(4)))
         for index in range(4):
@@ -115,7 +114,7 @@ def test_cancels_while_kv_travels_leak_nothing(
     with open_cluster(tiny_models.directory("llama"), kernels, num_workers=3) as cluster:
         add(cluster, make_requests(6, max_tokens=60), at=home)
         cluster.run(lambda: all(cluster.tokens(f"r{index}") for index in range(6)))
-        cluster.commit()
+        cluster.change(range(len(cluster.engines)))
         cluster.run(
             lambda: any(
                 request.status is RequestStatus.EXCHANGING
@@ -126,7 +125,7 @@ def test_cancels_while_kv_travels_leak_nothing(
             cluster.leader.core.cancel(f"r{index}", 0)
         cluster.quiesce()
         cluster.run()
-        cluster.run(lambda: all(engine.event(Settled) for engine in cluster.engines))
+        cluster.run(cluster.has_settled)
         cluster.check()
 
 
@@ -139,7 +138,7 @@ def test_a_batch_that_fails_on_a_stage_fails_its_requests_and_no_others(
 ) -> None:
     expected = undisturbed(tiny_models.directory("llama"), kernels, make_requests(3))
     with open_cluster(tiny_models.directory("llama"), kernels, num_workers=3) as cluster:
-        cluster.commit()
+        cluster.change(range(len(cluster.engines)))
         add(cluster, make_requests(1))
         cluster.run(lambda: cluster.leader.of("r0"))
         with monkeypatch.context() as patch:

@@ -6,11 +6,10 @@ import pytest
 
 from services.worker.engine.request import Request
 from services.worker.kernels.cpu import CpuKernels
-from services.worker.pipeline.events import Dissolved, Restored, Settled
+from services.worker.pipeline.events import Prepared
 from shared.layout import Span
 from tests.tiny_models import NUM_LAYERS, TinyModels
 from tests.unit.pipeline.pipeline_helpers import (
-    Cluster,
     add,
     expect,
     make_requests,
@@ -19,26 +18,6 @@ from tests.unit.pipeline.pipeline_helpers import (
 )
 
 WHOLE = (Span(start=0, end=NUM_LAYERS),)
-
-
-def drop(cluster: Cluster) -> None:
-    cluster.commit()
-    cluster.run(lambda: all(engine.event(Settled) for engine in cluster.engines))
-
-
-def prepare_restore(cluster: Cluster) -> None:
-    for engine in cluster.engines:
-        engine.member.prepare_restore(9)
-    cluster.run(lambda: all(engine.event(Restored) for engine in cluster.engines))
-
-
-def commit_restore(cluster: Cluster) -> None:
-    for engine in cluster.engines:
-        engine.member.commit_restore()
-
-
-def restored(cluster: Cluster) -> bool:
-    return all(engine.event(Dissolved) for engine in cluster.engines)
 
 
 @pytest.mark.parametrize(
@@ -53,12 +32,11 @@ def test_streams_live_through_a_restore(
         blocks = [engine.runner.num_blocks for engine in cluster.engines]
         requests = make_requests(10, 60)
         add(cluster, requests[:5])
-        drop(cluster)
-        prepare_restore(cluster)
-        commit_restore(cluster)
+        cluster.regroup(range(len(cluster.engines)))
+        cluster.change(*([position] for position in range(len(cluster.engines))))
         add(cluster, requests[5:], at=1)
         cluster.run()
-        cluster.run(lambda: restored(cluster))
+        cluster.run(cluster.has_settled)
         expect(cluster, expected)
         cluster.check()
         assert [engine.runner.resident_layers for engine in cluster.engines] == [
@@ -75,13 +53,14 @@ def test_a_restore_that_is_called_off_leaves_the_pipeline(
     expected = undisturbed(directory, kernels, make_requests(6, 60))
     with open_cluster(directory, kernels) as cluster:
         add(cluster, make_requests(6, 60))
-        drop(cluster)
+        cluster.regroup(range(len(cluster.engines)))
         blocks = cluster.leader.runner.num_blocks
         cluster.run(lambda: cluster.leader.core.load().kv_blocks_total == blocks)
-        prepare_restore(cluster)
+        cluster.prepare([0], [1])
+        cluster.run(lambda: all(engine.event(Prepared) for engine in cluster.engines))
         assert cluster.leader.core.load().kv_blocks_total < blocks
         for engine in cluster.engines:
-            engine.member.undo_restore()
+            engine.member.abandon()
         cluster.run(lambda: cluster.leader.core.load().kv_blocks_total == blocks)
         cluster.run()
         cluster.quiesce()
@@ -102,12 +81,11 @@ def test_requests_that_a_replica_cannot_hold_compute_again(
     with open_cluster(directory, kernels, memory_bytes=1024 * 1024) as cluster:
         replica_blocks = cluster.leader.runner.num_blocks
         add(cluster, requests())
-        drop(cluster)
+        cluster.regroup(range(len(cluster.engines)))
         cluster.run(lambda: cluster.leader.core.load().kv_blocks_used > replica_blocks)
-        prepare_restore(cluster)
-        commit_restore(cluster)
+        cluster.change(*([position] for position in range(len(cluster.engines))))
         cluster.run()
-        cluster.run(lambda: restored(cluster))
+        cluster.run(cluster.has_settled)
         expect(cluster, expected)
         cluster.check()
         assert cluster.leader.core.load().num_preemptions > 0

@@ -1,0 +1,77 @@
+"""How requests leave a pipeline whose leader serves in another group now, or alone.
+
+where it may go on meanwhile   oldest first, a few at a time, each is parked and its KV moved
+where layers were given up     all were parked at once; nothing runs on it any more
+
+What its stages granted is given back bit by bit, so that they can use it for whom they serve now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from services.worker.engine.request import Request, RequestStatus
+from services.worker.engine.scheduler import Scheduler
+from services.worker.pipeline.peers import GroupPeers
+
+#: Requests whose KV travels at once: enough to keep the links busy between two batches.
+MAX_EXCHANGES = 4
+
+
+class Departure:
+    """From the commit of the next layout until nobody is left on the pipeline of this one.
+
+    Attributes:
+        leaving: members whose blocks the leader will not book any more.
+    """
+
+    def __init__(
+        self,
+        peers: GroupPeers,
+        scheduler: Scheduler,
+        kept: Collection[str],
+        *,
+        is_superseded: bool,
+    ) -> None:
+        """Begin.
+
+        Args:
+            kept: members that this worker leads in its next group too.
+            is_superseded: the next group moves all KV: this pipeline is not needed any more.
+        """
+        self.leaving = tuple(worker for worker in peers.followers if worker not in kept)
+        self._route = peers.route
+        self._scheduler = scheduler
+        self._is_superseded = is_superseded
+
+    @property
+    def is_over(self) -> bool:
+        """True if nobody needs the pipeline any more."""
+        return self._is_superseded or not self._requests()
+
+    def call_home(self) -> None:
+        """Park requests that run on the pipeline for their way to the present route."""
+        relocation = self._scheduler.relocation
+        unsettled = relocation.unsettled_requests
+        num_free = MAX_EXCHANGES - sum(r.status is not RequestStatus.RUNNING for r in unsettled)
+        for request in unsettled:
+            if num_free <= 0:
+                return
+            num_free -= relocation.move(request, relocation.route)
+
+    def give_back(self) -> dict[str, int]:
+        """Blocks of each leaving member that are booked no more; nothing that is nothing.
+
+        Each request that decodes may need another block before it leaves.
+        """
+        num_spare = 0 if self.is_over else len(self._requests())
+        blocks = self._scheduler.blocks
+        given_back = {
+            worker: blocks.give_back(worker, blocks.num_used(worker) + num_spare)
+            for worker in self.leaving
+        }
+        return {worker: count for worker, count in given_back.items() if count}
+
+    def _requests(self) -> list[Request]:
+        """Those that run on the pipeline, or have their KV there."""
+        return [r for r in self._scheduler.requests.values() if r.route == self._route]
