@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from tests.tiny_models import TinyModels
 
 DEADLINE_SECONDS = 20.0
+
+#: Threads of torch wait for each other by spinning, which takes for ever where cores are busy; read
+#: when torch is imported, here and in processes that tests start. A worker has none either.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 Condition = Callable[[], object | Awaitable[object]]
 

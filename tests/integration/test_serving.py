@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
 import pytest
-import torch
 from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -37,16 +35,6 @@ MAX_TOKENS = 16
 # --- answers -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_torch_thread() -> Iterator[None]:
-    """Threads of torch wait for each other by spinning, which is slow where cores are busy."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.mark.usefixtures("one_torch_thread")
 async def test_greedy_text_is_that_of_generate(sdk: AsyncOpenAI) -> None:
     directory = resolve_model(
         "builtin:smollm2", default_cache_dir(os.environ), ProgressReporter(sys.stderr, "converting")
