@@ -210,6 +210,17 @@ class LoadReport(Message):
     received: dict[str, int] = Field(default_factory=dict)
 
 
+class QueueReport(Message):
+    """What waits in a router because no worker takes it; sent while anything does, and once after.
+
+    Without it the planner would not know of demand that has reached no worker.
+    """
+
+    router_id: str
+    requests_waiting: int
+    waiting_tokens: int = Field(description="prompts, and outputs of those that are replayed")
+
+
 # --- membership: each process's lease in the members bucket --------------------------------------
 
 

@@ -8,6 +8,7 @@ and the identifier last, so that receivers subscribe once with a wildcard and ne
     ks.<deployment>.w.<worker>.link    worker -> worker    request/reply: LinkOffer
     ks.<deployment>.tok.<router>       worker -> router    TokenFrame, one per engine step
     ks.<deployment>.load.<worker>      worker -> all       LoadReport
+    ks.<deployment>.queue.<router>     router -> planners   QueueReport
     ks.<deployment>.planner.admin      router -> leading planner    request/reply: AdminRequest
 
     KV ks_<deployment>_members         leases of workers, planners and routers (TTL)
@@ -67,6 +68,13 @@ class Subjects:
     @property
     def all_loads(self) -> str:
         return f"ks.{self.deployment}.load.*"
+
+    def queue(self, router_id: str) -> str:
+        return f"ks.{self.deployment}.queue.{router_id}"
+
+    @property
+    def all_queues(self) -> str:
+        return f"ks.{self.deployment}.queue.*"
 
     @property
     def admin(self) -> str:

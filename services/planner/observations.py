@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from services.planner.pressure import GroupLoad
 from services.planner.rules import APPLIED
 from shared.layout import GroupPlan, Plan, Transition
-from shared.messages import AckState, LoadReport, PlanAck
+from shared.messages import AckState, LoadReport, PlanAck, QueueReport
 
 #: What a worker says that did as it was told.
 _DONE = frozenset({AckState.APPLIED, AckState.SETTLED})
@@ -28,6 +29,11 @@ class LoadBoard:
     def forget(self, worker_id: str) -> None:
         """The worker has left."""
         self._reports.pop(worker_id, None)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a KV block, the same on all workers of a model; 1 before the first report."""
+        return max((report.block_size for report, _ in self._reports.values()), default=1)
 
     @property
     def newest_epoch(self) -> int:
@@ -50,6 +56,32 @@ class LoadBoard:
                 report.kv_blocks_total, report.kv_blocks_used, report.waiting_blocks
             )
         return loads, frozenset(unknown)
+
+
+class QueueBoard:
+    """What waits in each router, where no worker has it; a report too old says nothing."""
+
+    def __init__(self, stale_seconds: float) -> None:
+        self._stale_seconds = stale_seconds
+        self._reports: dict[str, tuple[QueueReport, float]] = {}
+
+    def record(self, report: QueueReport, now: float) -> None:
+        """Note a report; a router without a queue is forgotten."""
+        if report.requests_waiting:
+            self._reports[report.router_id] = (report, now)
+        else:
+            self._reports.pop(report.router_id, None)
+
+    def waiting_blocks(self, block_size: int, now: float) -> int:
+        """KV blocks of `block_size` tokens that all of it needs to start.
+
+        Each request counts half a block more than its tokens fill, since none ends with a block.
+        """
+        oldest = now - self._stale_seconds
+        fresh = [report for report, received_at in self._reports.values() if received_at >= oldest]
+        num_tokens = sum(report.waiting_tokens for report in fresh)
+        num_requests = sum(report.requests_waiting for report in fresh)
+        return math.ceil(num_tokens / block_size + num_requests / 2)
 
 
 @dataclass(slots=True)

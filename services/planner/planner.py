@@ -20,7 +20,7 @@ from services.planner.candidates import total_whole_blocks
 from services.planner.decision import decide
 from services.planner.inputs import Inputs
 from services.planner.leader import LeaderElection, Role
-from services.planner.observations import AckBoard, LoadBoard
+from services.planner.observations import AckBoard, LoadBoard, QueueBoard
 from services.planner.plan_store import PlanStore
 from services.planner.pressure import Pressure, PressureMonitor, Thresholds
 from services.planner.rules import Decision
@@ -31,7 +31,7 @@ from shared.bus.base import Bus, BusError, BusMessage, KeyValue, RevisionConflic
 from shared.layout import Plan, Transition
 from shared.lifecycle import BackgroundTasks
 from shared.membership import RENEWALS_PER_TTL, MemberEvent, MemberEventKind, MemberView
-from shared.messages import AdminReply, LoadReport, PlanAck, WorkerInfo
+from shared.messages import AdminReply, LoadReport, PlanAck, QueueReport, WorkerInfo
 from shared.subjects import Subjects
 from shared.wire import MessageError
 
@@ -84,6 +84,7 @@ class Planner:
         self._pressure: Pressure | None = None
         self._acks = AckBoard(settings.ack_timeout_seconds)
         self._loads = LoadBoard(settings.load_stale_seconds)
+        self._queues = QueueBoard(settings.load_stale_seconds)
         self._remembered: Plan | None = None
         self._trouble = ""
         self._log = structlog.get_logger(component="planner", planner=settings.planner_id)
@@ -106,6 +107,7 @@ class Planner:
         tasks.spawn(self._desk.run(), "admin")
         tasks.spawn(self._step_for_ever(), "steps")
         await self._bus.subscribe(self._subjects.all_loads, self._on_load)
+        await self._bus.subscribe(self._subjects.all_queues, self._on_queue)
 
     async def leave(self) -> None:
         """Hand over at once instead of letting the lease expire. The tasks have ended before."""
@@ -128,6 +130,12 @@ class Planner:
             self._loads.record(LoadReport.decode(message.payload), self._clock())
         except MessageError as error:
             self._log.warning("planner.unreadable_load", error=str(error))
+
+    async def _on_queue(self, message: BusMessage) -> None:
+        try:
+            self._queues.record(QueueReport.decode(message.payload), self._clock())
+        except MessageError as error:
+            self._log.warning("planner.unreadable_queue", error=str(error))
 
     async def _follow_acks(self) -> None:
         async with aclosing(self._acks_bucket.watch()) as changes:
@@ -210,9 +218,11 @@ class Planner:
         applied_term, applied_epoch = self._acks.applied
         epochs = [info.applied_epoch for info in workers.values()]
         groups = stored.serving_groups if stored is not None else ()
-        loads, unknown = self._loads.group_loads(groups, self._clock())
+        now = self._clock()
+        loads, unknown = self._loads.group_loads(groups, now)
+        queued_blocks = self._queues.waiting_blocks(self._loads.block_size, now)
         whole_blocks = total_whole_blocks(groups, workers)
-        self._pressure = self._monitor.observe(loads, whole_blocks, unknown, self._clock())
+        self._pressure = self._monitor.observe(loads, whole_blocks, unknown, now, queued_blocks)
         return Inputs(
             term=self._election.term,
             workers=workers,

@@ -4,7 +4,7 @@ Everything is counted in blocks: 16 tokens of KV in all layers of the model. A r
 same number of them in every layout, a replica and a pipeline only have different numbers, so demand
 means the same before, during and after a drop.
 
-    demand  = blocks of running requests + blocks that all queued requests need
+    demand  = blocks of running requests + blocks that all queued requests need, wherever they are
     forecast = demand + what its trend over the last seconds adds within the horizon
 """
 
@@ -74,6 +74,7 @@ class Pressure:
         peak_blocks: the highest demand within the window.
         trend_blocks_per_second: slope of demand over the window; 0 while the window is short.
         num_short_groups: groups whose queue needs more than they have free.
+        is_queue_short: what waits in routers needs more than the groups' own queues leave free.
         is_window_full: demand was known for most of the window, so its peak means something.
         unknown: workers whose load is not known; with any of them nothing is decided.
     """
@@ -85,6 +86,7 @@ class Pressure:
     peak_blocks: int
     trend_blocks_per_second: float
     num_short_groups: int
+    is_queue_short: bool = False
     is_window_full: bool = True
     unknown: frozenset[str] = frozenset()
 
@@ -103,7 +105,8 @@ class Pressure:
         """Whether memory is short, or will be."""
         if self.capacity_blocks == 0 or self.unknown:
             return None
-        if self.ratio >= thresholds.overload_ratio and self.num_short_groups:
+        is_short = self.num_short_groups > 0 or self.is_queue_short
+        if self.ratio >= thresholds.overload_ratio and is_short:
             return Overload.NOW
         is_high = self.ratio >= thresholds.forecast_floor_ratio
         if is_high and self.forecast_blocks > self.capacity_blocks:
@@ -144,15 +147,19 @@ class PressureMonitor:
         whole_blocks: int,
         unknown: Collection[str],
         now: float,
+        queued_blocks: int = 0,
     ) -> Pressure:
         """Take the loads of all groups.
 
         Args:
             groups: load of each group whose report is fresh.
+            queued_blocks: what waits in routers, where no group has it.
             unknown: leaders without a fresh report: then demand is not known either, the sample is
                 left out and the look says so.
         """
-        demand = sum(load.demand_blocks for load in groups.values())
+        in_groups = sum(load.demand_blocks for load in groups.values())
+        capacity = sum(load.total_blocks for load in groups.values())
+        demand = in_groups + queued_blocks
         if not unknown:
             self._samples.append((now, demand))
         while self._samples and self._samples[0][0] < now - self._thresholds.window_seconds:
@@ -160,12 +167,13 @@ class PressureMonitor:
         trend = self._trend()
         return Pressure(
             demand_blocks=demand,
-            capacity_blocks=sum(load.total_blocks for load in groups.values()),
+            capacity_blocks=capacity,
             whole_blocks=whole_blocks,
             forecast_blocks=demand + max(0.0, trend) * self._thresholds.horizon_seconds,
             peak_blocks=max((sample for _, sample in self._samples), default=demand),
             trend_blocks_per_second=trend,
             num_short_groups=sum(load.is_short for load in groups.values()),
+            is_queue_short=queued_blocks > max(0, capacity - in_groups),
             is_window_full=self._covered_seconds >= 0.8 * self._thresholds.window_seconds,
             unknown=frozenset(unknown),
         )

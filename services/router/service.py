@@ -30,6 +30,7 @@ from services.router.link import WorkerLink
 from services.router.metrics import RouterMetrics
 from services.router.observer import Observer
 from services.router.queue import WaitingQueue
+from services.router.queue_reporter import QueueReporter
 from services.router.settings import GenerationDefaults, RouterSettings
 from services.router.token_inbox import TokenInbox
 from services.router.tokenizer import ModelTokenizer, load_tokenizer
@@ -89,6 +90,7 @@ class _Parts:
     observer: Observer
     inbox: TokenInbox
     queue: WaitingQueue
+    queue_reporter: QueueReporter
 
 
 class RouterService:
@@ -128,6 +130,7 @@ class RouterService:
                 tasks.spawn(view.run(), "members")
                 tasks.spawn(parts.observer.watch_plan(plans), "plan")
                 tasks.spawn(parts.watchdog.run(), "watchdog")
+                tasks.spawn(parts.queue_reporter.run(), "queue")
                 self._log.info("router.listening", url=self.url, model=parts.context.model.name)
                 self.listening.set()
                 await tasks.run_until(stop)
@@ -183,7 +186,8 @@ class RouterService:
             max_batch_prompts=settings.max_batch_prompts,
         )
         observer = Observer(fleet, dispatcher, generator, metrics)
-        return _Parts(context, watchdog, observer, inbox, queue)
+        reporter = QueueReporter(bus, self._subjects, settings.router_id, queue)
+        return _Parts(context, watchdog, observer, inbox, queue, reporter)
 
     def _served_model(self, tokenizer: ModelTokenizer) -> ServedModel:
         settings, facts = self._settings, tokenizer.facts

@@ -17,7 +17,7 @@ from shared.bus.memory import MemoryBus, MemoryServer
 from shared.bus.nats import connect
 from shared.embedded_nats import EmbeddedNats
 from shared.layout import LayoutState, Plan, PlanPhase, Transition
-from shared.messages import AckState, AdminAction, AdminReply, AdminRequest
+from shared.messages import AckState, AdminAction, AdminReply, AdminRequest, QueueReport
 from shared.subjects import Subjects
 from tests.conftest import eventually
 from tests.planner_support import (
@@ -239,6 +239,20 @@ async def test_load_alone_drops_and_restores(world: World) -> None:
     log = await read_transitions(world._buses[0], world.deployment)
     assert log.decision is not None
     assert log.decision.figures["demand_blocks"] <= 20
+
+
+async def test_what_waits_in_a_router_is_demand_too(world: World) -> None:
+    await started(world, policy="drop")
+    for worker in world.workers.values():
+        worker.demand_blocks = int(0.8 * WHOLE_BLOCKS)
+    report = QueueReport(router_id="r", requests_waiting=9, waiting_tokens=16 * WHOLE_BLOCKS)
+
+    async def is_dropped() -> bool:
+        await world._buses[0].publish(Subjects(world.deployment).queue("r"), report.encode())
+        return (await world.plan()).state is LayoutState.DROPPED
+
+    await eventually(is_dropped)
+    assert (await world.logged(LayoutState.DROPPING)).result == "applied"
 
 
 async def test_the_policy_none_never_drops_by_itself(world: World) -> None:

@@ -17,7 +17,9 @@ import pytest
 import pytest_asyncio
 
 from services.router.generator import MAX_LOSSES
-from shared.messages import GenerateStatus, unpack_token_ids
+from shared.bus.base import BusMessage
+from shared.messages import GenerateStatus, QueueReport, unpack_token_ids
+from shared.subjects import Subjects
 from tests.conftest import eventually
 from tests.router_support import ASCII_TOKENS, Cluster, post_stream, running_cluster
 from tests.stub_worker import StubBehaviour, hashed_token
@@ -264,6 +266,30 @@ async def test_requests_wait_in_the_router_until_a_worker_has_room(
     behaviour.refuse_with = None
     answers = await asyncio.gather(*running)
     assert [events.text for events in answers] == [expected(seed) for seed in range(10)]
+
+
+async def test_planners_are_told_what_waits_and_when_nothing_does(
+    cluster: Cluster, http: aiohttp.ClientSession
+) -> None:
+    behaviour = StubBehaviour(refuse_with=GenerateStatus.OVERLOADED)
+    await cluster.add_worker("w0", behaviour)
+    await cluster.add_router()
+    reports: list[QueueReport] = []
+
+    async def take(message: BusMessage) -> None:
+        reports.append(QueueReport.decode(message.payload))
+
+    await cluster.bus.subscribe(Subjects("default").all_queues, take)
+    await cluster.ready()
+    running = [
+        asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body(seed)))
+        for seed in range(2)
+    ]
+    await eventually(lambda: bool(reports) and reports[-1].requests_waiting == 2)
+    assert reports[-1].waiting_tokens >= 2
+    behaviour.refuse_with = None
+    await asyncio.gather(*running)
+    await eventually(lambda: reports[-1].requests_waiting == reports[-1].waiting_tokens == 0)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from services.planner.observations import AckBoard, LoadBoard
+from services.planner.observations import AckBoard, LoadBoard, QueueBoard
 from services.planner.pressure import GroupLoad
-from shared.messages import AckState, LoadReport, PlanAck
+from shared.messages import AckState, LoadReport, PlanAck, QueueReport
 from tests.planner_support import plan_for
 
 
@@ -30,6 +30,18 @@ def load(worker_id: str, epoch: int = 1) -> LoadReport:
         num_preemptions=0,
         engine_steps=0,
     )
+
+
+def test_queues_of_routers_add_up_until_they_are_empty_or_stale() -> None:
+    board = QueueBoard(stale_seconds=2.0)
+    assert board.waiting_blocks(16, now=0.0) == 0
+    for router_id, at in (("r0", 10.0), ("r1", 11.0)):
+        report = QueueReport(router_id=router_id, requests_waiting=2, waiting_tokens=160)
+        board.record(report, now=at)
+    assert board.waiting_blocks(16, now=12.0) == 22
+    assert board.waiting_blocks(16, now=12.5) == 11
+    board.record(QueueReport(router_id="r1", requests_waiting=0, waiting_tokens=0), now=12.5)
+    assert board.waiting_blocks(16, now=12.5) == 0
 
 
 def test_a_load_is_stale_until_reported_and_again_after_a_while() -> None:

@@ -30,6 +30,18 @@ def test_demand_is_what_runs_and_all_that_waits() -> None:
     assert look.ratio == 0.65
 
 
+@pytest.mark.parametrize(("queued", "is_short"), [(30, False), (31, True)])
+def test_what_waits_in_routers_is_demand_and_short_where_nobody_has_room(
+    queued: int, is_short: bool
+) -> None:
+    loads = {"a": GroupLoad(100, 80, 10), "b": GroupLoad(100, 80, 0)}
+    look = PressureMonitor(THRESHOLDS).observe(loads, 200, (), 0.0, queued)
+    assert look.demand_blocks == 170 + queued
+    assert look.num_short_groups == 0
+    assert look.is_queue_short is is_short
+    assert look.overload(THRESHOLDS) is (Overload.NOW if is_short else None)
+
+
 @pytest.mark.parametrize(
     ("demand", "short", "expected"),
     [(94, 1, None), (95, 0, None), (95, 1, Overload.NOW), (300, 2, Overload.NOW)],
