@@ -16,8 +16,10 @@ import torch
 
 from services.worker.engine.block_manager import BlockMove
 from services.worker.engine.profile import ModelProfile
+from services.worker.kernels.base import Kernels
 from services.worker.kernels.cpu import CpuKernels
-from services.worker.memory.cpu import CpuMemory
+from services.worker.kernels.torch_kernels import TorchKernels
+from services.worker.memory.factory import make_memory
 from services.worker.memory.pool import MemoryPool
 from services.worker.memory.sizing import check_budget, chunks_for, most_blocks
 from services.worker.model.batch import ForwardBatch, SequenceSlice, make_batch
@@ -59,7 +61,7 @@ class PartBytes(NamedTuple):
 
 
 class ModelRunner:
-    """The layers of a model that a worker serves, on the CPU; at first all of them.
+    """The layers of a model that a worker serves, on its device; at first all of them.
 
     Build with `load`; used by the engine thread only.
     """
@@ -69,7 +71,7 @@ class ModelRunner:
         plan: ModelPlan,
         stage: Stage,
         pool: MemoryPool,
-        kernels: CpuKernels,
+        kernels: Kernels,
         max_model_len: int | None,
     ) -> None:
         """Take a loaded stage whose KV cache has its size; `max_model_len` restricts it further."""
@@ -86,7 +88,7 @@ class ModelRunner:
         self.profile: ModelProfile | None = None
 
     @classmethod
-    def load(cls, runner_config: RunnerConfig, kernels: CpuKernels) -> ModelRunner:
+    def load(cls, runner_config: RunnerConfig, kernels: CpuKernels | TorchKernels) -> ModelRunner:
         """Load every layer and give what is left of the budget to the KV cache.
 
         Raises:
@@ -99,7 +101,9 @@ class ModelRunner:
         plan = ModelPlan(config, layers, kernels)
         span = Span(start=0, end=config.num_layers)
         _check_budget(runner_config, plan, span)
-        pool = MemoryPool(CpuMemory(runner_config.memory_bytes, runner_config.chunk_bytes))
+        pool = MemoryPool(
+            make_memory(kernels.device, runner_config.memory_bytes, runner_config.chunk_bytes)
+        )
         stage = Stage(plan, span, checkpoint, pool, kernels)
         num_bytes = sum(stage.load(span))
         pool.grow_kv_evenly(range(span.start, span.end))

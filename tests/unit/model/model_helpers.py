@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from services.worker.attention.cpu import CpuAttention
 from services.worker.kernels.cpu import CpuKernels
+from services.worker.kernels.torch_kernels import TorchKernels
 from services.worker.memory.cpu import CpuMemory
 from services.worker.memory.pool import MemoryPool
 from services.worker.model.batch import ForwardBatch, SequenceSlice, make_batch
@@ -31,15 +33,15 @@ MAX_NUM_TOKENS = 256
 BLOCK_SIZE = 16
 WHOLE = Span(start=0, end=NUM_LAYERS)
 
-LayersFactory = Callable[[ModelConfig, CpuKernels], DecoderLayers]
+LayersFactory = Callable[[ModelConfig, Any], DecoderLayers[Any]]
 
 
-def served_layers(config: ModelConfig, kernels: CpuKernels) -> DecoderLayers:
+def served_layers(config: ModelConfig, kernels: CpuKernels | TorchKernels) -> DecoderLayers[Any]:
     """What a worker would use."""
     return make_decoder_layers(config, kernels, MAX_NUM_TOKENS)
 
 
-def transformers_layers(config: ModelConfig, kernels: CpuKernels) -> DecoderLayers:
+def transformers_layers(config: ModelConfig, kernels: CpuKernels) -> DecoderLayers[Any]:
     """Hugging Face's layers, also where a worker has faster ones."""
     return TransformersLayers(config, CpuAttention(kernels), kernels)
 
@@ -57,7 +59,7 @@ class LoadedStage:
 @contextmanager
 def open_stage(
     directory: Path,
-    kernels: CpuKernels,
+    kernels: CpuKernels | TorchKernels,
     span: Span = WHOLE,
     *,
     make_layers: LayersFactory = served_layers,
@@ -78,7 +80,7 @@ def open_stage(
 
 @contextmanager
 def open_runner(
-    directory: Path, kernels: CpuKernels, memory_bytes: int = BUDGET_BYTES
+    directory: Path, kernels: CpuKernels | TorchKernels, memory_bytes: int = BUDGET_BYTES
 ) -> Iterator[ModelRunner]:
     runner = ModelRunner.load(
         RunnerConfig(directory, memory_bytes, CHUNK_BYTES, MAX_NUM_TOKENS, None), kernels

@@ -6,8 +6,9 @@ from typing import Any
 
 from services.worker.attention.cpu import CpuAttention
 from services.worker.kernels.cpu import MAX_HEAD_DIM, MAX_HEADS_PER_KV_HEAD, CpuKernels
-from services.worker.model.config import ModelConfig
-from services.worker.model.layers import llama, transformers_layer
+from services.worker.kernels.torch_kernels import TorchKernels
+from services.worker.model.config import Architecture, ModelConfig
+from services.worker.model.layers import llama, torch_llama, transformers_layer
 from services.worker.model.layers.base import DecoderLayers
 from shared.errors import ConfigError
 
@@ -22,17 +23,29 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def make_decoder_layers(
-    config: ModelConfig, kernels: CpuKernels, max_num_tokens: int
+    config: ModelConfig, kernels: CpuKernels | TorchKernels, max_num_tokens: int
 ) -> DecoderLayers[Any]:
     """What stores and makes the layers of `config`, for batches of up to `max_num_tokens`.
 
     Raises:
-        ConfigError: the kernels cannot serve these dimensions.
+        ConfigError: the kernels cannot serve this architecture, or these dimensions.
     """
+    if isinstance(kernels, TorchKernels):
+        _check_architecture(config)
+        return torch_llama.TorchLlamaLayers(config, kernels)
     _check_dimensions(config)
     if config.architecture.is_llama_family:
         return llama.LlamaLayers(config, kernels, max_num_tokens)
     return transformers_layer.TransformersLayers(config, CpuAttention(kernels), kernels)
+
+
+def _check_architecture(config: ModelConfig) -> None:
+    """Refuse what has no layer for GPUs."""
+    if not config.architecture.is_llama_family:
+        served = ", ".join(name for name in Architecture if name.is_llama_family)
+        raise ConfigError(
+            f"{config.architecture} is served on the CPU only (--device cpu); CUDA serves {served}"
+        )
 
 
 def _check_dimensions(config: ModelConfig) -> None:

@@ -1,0 +1,148 @@
+"""The decoder layer of the Llama family on a CUDA device: four products, and fused rest.
+
+    norm -> qkv product -> rope, KV store -> attention -> o product, added to hidden
+    norm -> gate_up product -> silu * up -> down product, added to hidden
+
+The arena is that of `llama.py`, without packing: q, k and v are one matrix, gate and up another.
+Additions to the residual happen inside the products (`addmm`), before they are rounded. Nothing
+waits for the device and nothing depends on values there, so a layer can be captured in a CUDA
+graph. The type is that of the weights; sums are fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from services.worker.kernels.ops import HeadNorms, LayerOps, RotatedBatch
+from services.worker.kernels.torch_kernels import TorchKernels
+from services.worker.model.arena import ArenaLayout
+from services.worker.model.batch import ForwardBatch
+from services.worker.model.config import ModelConfig
+from services.worker.model.layers.llama import layer_parts
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A matrix `[rows, columns]` and, where the model has one, its bias `[rows]`."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:  # [tokens, columns] -> [tokens, rows]
+        """x @ w.T + bias."""
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+    def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
+        """hidden += x @ w.T + bias."""
+        if self.bias is not None:
+            hidden += self.bias
+        hidden.addmm_(x, self.weight.t())
+
+
+@dataclass(frozen=True, slots=True)
+class TorchLlamaWeights:
+    """Views into a layer's arena."""
+
+    input_norm: torch.Tensor  # [hidden]
+    post_attention_norm: torch.Tensor  # [hidden]
+    qkv: Projection
+    o: Projection
+    gate_up: Projection
+    down: Projection
+    head_norms: HeadNorms | None
+
+
+@dataclass(frozen=True, slots=True)
+class TorchLlamaLayer:
+    """A resident layer. Implements `DecoderLayer`."""
+
+    config: ModelConfig
+    ops: LayerOps
+    weights: TorchLlamaWeights
+    kv_cache: torch.Tensor  # [blocks, 2, block_size, num_kv_heads, head_dim]
+    sliding_window: int
+
+    def forward(
+        self,
+        hidden: torch.Tensor,  # [num_tokens, hidden], overwritten with the result
+        batch: RotatedBatch,
+    ) -> None:
+        """Run the layer; writes the KV of the batch's tokens."""
+        normed = torch.empty_like(hidden)
+        self.ops.rms_norm(hidden, self.weights.input_norm, self.config.rms_norm_eps, normed)
+        self.weights.o.add_to(hidden, self._attend(normed, batch))
+        self.ops.rms_norm(
+            hidden, self.weights.post_attention_norm, self.config.rms_norm_eps, normed
+        )
+        gate_up = self.weights.gate_up(normed)
+        activated = gate_up.new_empty(len(gate_up), self.config.intermediate_size)
+        self.ops.silu_mul(gate_up, activated)
+        self.weights.down.add_to(hidden, activated)
+
+    def _attend(self, normed: torch.Tensor, batch: RotatedBatch) -> torch.Tensor:
+        """What all heads give `[num_tokens, num_heads * head_dim]`."""
+        num_heads, head_dim = self.config.num_heads, self.config.head_dim
+        qkv = self.weights.qkv(normed)
+        self.ops.rope_and_store(qkv, batch, self.weights.head_norms, self.kv_cache)
+        query = qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
+        out = qkv.new_empty(len(qkv), num_heads, head_dim)
+        self.ops.attention(
+            query, self.kv_cache, batch.batch, head_dim**-0.5, self.sliding_window, out
+        )
+        return out.flatten(1)
+
+
+class TorchLlamaLayers:
+    """The layers of one model of the family. Implements `DecoderLayers`."""
+
+    def __init__(self, config: ModelConfig, kernels: TorchKernels) -> None:
+        self._config = config
+        self._ops = kernels.ops
+        self._layout = ArenaLayout(layer_parts(config), kernels)
+
+    @property
+    def layout(self) -> ArenaLayout:
+        """The arena of a layer."""
+        return self._layout
+
+    def prepare(self, batch: ForwardBatch, cos: torch.Tensor, sin: torch.Tensor) -> RotatedBatch:
+        """The batch with its rotary embedding."""
+        return RotatedBatch(batch, cos, sin)
+
+    def make(
+        self,
+        layer: int,
+        arena_address: int,
+        kv_cache: torch.Tensor,  # [blocks, 2, block_size, num_kv_heads, head_dim]
+    ) -> TorchLlamaLayer:
+        """Decoder layer `layer` on a filled arena."""
+        return TorchLlamaLayer(
+            self._config,
+            self._ops,
+            _weights(self._config, self._layout, arena_address),
+            kv_cache,
+            self._config.window_of_layer(layer) or 0,
+        )
+
+
+def _weights(config: ModelConfig, layout: ArenaLayout, arena_address: int) -> TorchLlamaWeights:
+    def part(name: str) -> torch.Tensor:
+        return layout.view(arena_address, name)
+
+    def projection(name: str, has_bias: bool) -> Projection:
+        return Projection(part(f"{name}_proj"), part(f"{name}_bias") if has_bias else None)
+
+    norms = None
+    if config.qk_norm:
+        norms = HeadNorms(part("q_norm"), part("k_norm"), config.rms_norm_eps)
+    return TorchLlamaWeights(
+        input_norm=part("input_norm"),
+        post_attention_norm=part("post_attention_norm"),
+        qkv=projection("qkv", config.qkv_bias),
+        o=projection("o", config.o_bias),
+        gate_up=projection("gate_up", config.mlp_bias),
+        down=projection("down", config.mlp_bias),
+        head_norms=norms,
+    )
