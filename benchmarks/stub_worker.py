@@ -64,7 +64,6 @@ class StubWorker:
         self._engine = StubEngine(vocabulary)
         self._started_at = time.time()
         self._steps = 0
-        self._reports = 0
         self._received: dict[str, int] = {}
 
     async def run(self, steps_per_second: float) -> None:
@@ -134,7 +133,6 @@ class StubWorker:
 
     async def _report_load(self) -> None:
         while True:
-            self._reports += 1
             await self._bus.publish(self._subjects.load(self.worker_id), self._load().encode())
             await asyncio.sleep(_LOAD_INTERVAL_SECONDS)
 
@@ -166,15 +164,12 @@ class StubWorker:
             worker_id=self.worker_id,
             group_id=self.group_id,
             epoch=1,
-            sequence=self._reports,
             block_size=_BLOCK_SIZE,
             kv_blocks_total=_KV_BLOCKS,
             kv_blocks_used=self._engine.num_streams,
             requests_running=self._engine.num_streams,
             requests_waiting=0,
             waiting_blocks=0,
-            num_preemptions=0,
-            engine_steps=self._steps,
             received=dict(self._received),
         )
 

@@ -197,16 +197,14 @@ class LoadReport(Message):
     worker_id: str
     group_id: str
     epoch: int
-    sequence: int
     block_size: int
     kv_blocks_total: int
     kv_blocks_used: int
     requests_running: int
     requests_waiting: int
     waiting_blocks: int = Field(description="KV blocks that all waiting requests need to start")
-    num_preemptions: int
+    num_preemptions: int = 0
     draining: bool = False
-    engine_steps: int
     received: dict[str, int] = Field(default_factory=dict)
 
 

@@ -214,15 +214,12 @@ class PaperWorker:
             worker_id=self.info.worker_id,
             group_id=groups[0].group_id,
             epoch=plan.epoch,
-            sequence=0,
             block_size=16,
             kv_blocks_total=total,
             kv_blocks_used=min(total, demand_blocks),
             requests_running=1,
             requests_waiting=0,
             waiting_blocks=max(0, demand_blocks - total),
-            num_preemptions=0,
-            engine_steps=0,
         )
         await self._bus.publish(self._subjects.load(self.info.worker_id), report.encode())
 

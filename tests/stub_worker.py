@@ -119,7 +119,6 @@ class StubWorker:
         self._received: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscriptions: list[Subscription] = []
-        self._num_reports = 0
         self._incarnation = f"{worker_id}-{time.monotonic_ns()}"
 
     @property
@@ -150,20 +149,16 @@ class StubWorker:
 
     async def report(self) -> None:
         """Send a load report."""
-        self._num_reports += 1
         report = LoadReport(
             worker_id=self.worker_id,
             group_id=f"g-{self.worker_id}",
             epoch=1,
-            sequence=self._num_reports,
             block_size=BLOCK_SIZE,
             kv_blocks_total=self.behaviour.kv_blocks_total,
             kv_blocks_used=min(self.num_running, self.behaviour.kv_blocks_total),
             requests_running=self.num_running,
             requests_waiting=0,
             waiting_blocks=0,
-            num_preemptions=0,
-            engine_steps=0,
             received=self._received,
         )
         await self._bus.publish(self._subjects.load(self.worker_id), report.encode())

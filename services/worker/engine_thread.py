@@ -26,6 +26,7 @@ from services.worker.build import BuiltEngine
 from services.worker.core import EngineCore
 from services.worker.engine.outputs import SchedulerLoad
 from services.worker.engine.request import Request
+from services.worker.facts import model_facts
 from services.worker.identity import ModelFacts
 from services.worker.inspection import EngineInspection
 from services.worker.links.base import DownReason, Link, LinkFrame
@@ -119,12 +120,14 @@ class EngineReport:
         load: the engine's load after the round.
         num_added: how many `Add` commands that load includes, counted from the start.
         events: what happened to the worker's group; older than the items.
+        facts: what the worker holds, where that has changed.
     """
 
     items: tuple[TokenItem, ...]
     load: SchedulerLoad
     num_added: int
     events: tuple[GroupEvent, ...] = ()
+    facts: ModelFacts | None = None
 
 
 class EngineThread:
@@ -200,6 +203,7 @@ class EngineThread:
 
     def _run(self, engine: BuiltEngine) -> None:
         core, member, num_added = engine.core, engine.member, 0
+        holdings = engine.runner.holdings
         self._report(EngineReport((), core.load(), num_added))
         while True:
             commands = self._take_commands(_wait_seconds(engine))
@@ -212,8 +216,11 @@ class EngineThread:
             items += member.pump(time.monotonic())
             engine.runner.unmap_stale()
             events = member.take_events()
-            if commands or items or events:
-                self._report(EngineReport(tuple(items), core.load(), num_added, events))
+            before, holdings = holdings, engine.runner.holdings
+            facts = model_facts(engine.runner) if holdings != before else None
+            if commands or items or events or facts:
+                report = EngineReport(tuple(items), core.load(), num_added, events, facts)
+                self._report(report)
 
     def _take_commands(self, wait_seconds: float) -> list[Command]:
         commands: list[Command] = []

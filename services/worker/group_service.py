@@ -14,7 +14,6 @@ from typing import assert_never
 import structlog
 
 from services.worker.engine_thread import EngineThread, FrameReceived, LinkDown
-from services.worker.identity import ModelFacts
 from services.worker.layout_follower import LayoutFollower
 from services.worker.links.base import Transport
 from services.worker.links.config import LinkConfig
@@ -55,12 +54,12 @@ class GroupService:
         placement: Placement,
         link_totals: LinkTotals,
         *,
-        on_change: Callable[[ModelFacts | None], None],
+        on_change: Callable[[], None],
     ) -> None:
         """Take the worker's parts.
 
         Args:
-            on_change: the placement changed, or, with facts, what the worker holds.
+            on_change: the placement changed.
         """
         self._settings = settings
         self._bus = bus
@@ -100,16 +99,13 @@ class GroupService:
     def handle(self, event: GroupEvent) -> None:
         """Act on what happened in the engine thread."""
         match event:
-            case Prepared(epoch, facts):
-                self._on_change(facts)
+            case Prepared(epoch):
                 self._transition.prepared(epoch)
             case PrepareFailed(epoch, reason):
                 self._transition.prepare_failed(epoch, reason)
-            case Committed(epoch, facts):
-                self._on_change(facts)
+            case Committed(epoch):
                 self._transition.applied(epoch)
-            case Settled(epoch, facts):
-                self._on_change(facts)
+            case Settled(epoch):
                 self._transition.settled(epoch)
             case HandedOver():
                 self._hand_over(event)
@@ -145,7 +141,7 @@ class GroupService:
 
     def _on_transition(self) -> None:
         self._follower.wake()
-        self._on_change(None)
+        self._on_change()
 
     # --- links -----------------------------------------------------------------------------------
 

@@ -44,7 +44,6 @@ class LoadReporter:
         )
         self._received: dict[str, int] = {}
         self._is_draining = False
-        self._sequence = 0
         self._changed = asyncio.Event()
         self._log = structlog.get_logger(component="load")
 
@@ -75,13 +74,11 @@ class LoadReporter:
                 continue
 
     async def _publish(self) -> None:
-        self._sequence += 1
         load = self._load
         report = LoadReport(
             worker_id=self._worker_id,
             group_id=self._placement.group_id,
             epoch=self._placement.epoch,
-            sequence=self._sequence,
             block_size=self._facts.block_size,
             kv_blocks_total=load.kv_blocks_total,
             kv_blocks_used=load.kv_blocks_used,
@@ -90,7 +87,6 @@ class LoadReporter:
             waiting_blocks=load.waiting_blocks,
             num_preemptions=load.num_preemptions,
             draining=self._is_draining,
-            engine_steps=load.engine_steps,
             received=self._received,
         )
         try:

@@ -204,6 +204,9 @@ class WorkerService:
         """Record what the engine says and tell the routers; ends with the service."""
         while True:
             report = await self._reports.get()
+            if report.facts is not None:
+                self._facts = report.facts
+                self._lease.update(self._info())
             for event in report.events:
                 self._groups.handle(event)
             by_router = self._streams.record(report.items, time.monotonic())
@@ -239,9 +242,7 @@ class WorkerService:
         ):
             self._intake.cancel_router(event.info.router_id)
 
-    def _on_groups_changed(self, facts: ModelFacts | None) -> None:
-        if facts is not None:
-            self._facts = facts
+    def _on_groups_changed(self) -> None:
         self._lease.update(self._info())
         self._reporter.wake()
 

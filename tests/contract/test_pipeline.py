@@ -345,6 +345,47 @@ async def test_a_restore_that_is_called_off_leaves_the_pipeline(tiny_models: Tin
         await client.settled()
 
 
+async def test_leases_and_load_reports_tell_what_is_held(tiny_models: TinyModels) -> None:
+    async with running_cluster(tiny_models.directory("llama")) as client:
+        whole = {worker_id: await client.info(worker_id) for worker_id in WORKERS}
+        alone = {worker_id: client.loads[worker_id].kv_blocks_total for worker_id in WORKERS}
+
+        async def lease_is(worker_id: str, layers: Span) -> bool:
+            info = await client.info(worker_id)
+            assert info.weight_bytes + info.kv_bytes + info.free_bytes == info.memory_bytes
+            assert info.costs == whole[worker_id].costs
+            assert info.costs is not None
+            per_layer = info.costs.kv_layer_block_bytes
+            assert info.kv_block_bytes == per_layer * sum(map(len, info.layers))
+            return info.layers == (layers,)
+
+        def reports(worker_id: str, group_id: str, num_blocks: int) -> bool:
+            report = client.loads[worker_id]
+            return (report.group_id, report.kv_blocks_total) == (group_id, num_blocks)
+
+        await client.drop()
+        await client.settled()
+        blocks = []
+        for worker_id, layers in zip(
+            WORKERS, (Span(start=0, end=2), Span(start=2, end=4)), strict=True
+        ):
+            await eventually(lambda w=worker_id, s=layers: lease_is(w, s))  # type: ignore[misc]
+            dropped = await client.info(worker_id)
+            assert dropped.weight_bytes < whole[worker_id].weight_bytes
+            assert dropped.kv_bytes > whole[worker_id].kv_bytes
+            blocks.append(dropped.kv_bytes // dropped.kv_block_bytes)
+        await eventually(lambda: reports(WORKERS[0], PIPELINE, min(blocks)))
+
+        await client.restore()
+        await client.settled()
+        for worker_id in WORKERS:
+            await eventually(lambda w=worker_id: lease_is(w, Span(start=0, end=NUM_LAYERS)))  # type: ignore[misc]
+            again = await client.info(worker_id)
+            for name in ("weight_bytes", "kv_bytes", "free_bytes", "kv_block_bytes"):
+                assert getattr(again, name) == getattr(whole[worker_id], name)
+            await eventually(lambda w=worker_id: reports(w, f"g-{w}", alone[w]))  # type: ignore[misc]
+
+
 async def test_a_planner_that_takes_over_is_told_how_far_the_workers_are(
     tiny_models: TinyModels,
 ) -> None:

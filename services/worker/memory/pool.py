@@ -62,6 +62,8 @@ class MemoryPool:
     def __init__(self, physical: PhysicalMemory) -> None:
         self._physical = physical
         self._ledger = ChunkLedger(physical.num_chunks)
+        #: Rises whenever chunks get or lose an owner.
+        self.num_changes = 0
         self._mappings: dict[Owner, RangeMapping] = {}
         self._arenas: dict[str, Arena] = {}
         self._regions: dict[int, KvRegion] = {}
@@ -240,6 +242,7 @@ class MemoryPool:
     def _map_tail(self, owner: Owner, count: int) -> None:
         """Assign chunks and map them behind those that `owner` has: all of them or none."""
         runs = self._ledger.assign(owner, count)
+        self.num_changes += 1
         try:
             self._mappings[owner].extend(runs)
         except DeviceMemoryError:
@@ -249,5 +252,6 @@ class MemoryPool:
     def _release_tail(self, owner: Owner, count: int) -> None:
         """Free the last `count` chunks of `owner`; what maps them is stale from now on."""
         if count > 0:
+            self.num_changes += 1
             self._mappings[owner].release(count)
             self._ledger.release_tail(owner, count)

@@ -148,6 +148,11 @@ class ModelRunner:
         return self.pool.num_kv_blocks(range(self.span.start, self.span.end))
 
     @property
+    def holdings(self) -> tuple[object, ...]:
+        """Differs from an earlier value if other memory or layers are held than then."""
+        return self.pool.num_changes, self.resident_layers
+
+    @property
     def part_bytes(self) -> PartBytes:
         """What the parts of the model take of the budget, in whole chunks."""
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 from services.worker.engine.request import Request
-from services.worker.identity import ModelFacts
 from services.worker.pipeline.messages import RequestMessage
 from services.worker.pipeline.peers import GroupPeers
 
@@ -17,7 +16,6 @@ class Prepared:
     """The layout that was read at `epoch` may be committed: its links and layers are here."""
 
     epoch: int
-    facts: ModelFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,6 @@ class Committed:
     """The worker serves in the layout that was read at `epoch`."""
 
     epoch: int
-    facts: ModelFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +54,6 @@ class Settled:
     """Nothing is left on the layouts before the one that was read at `epoch`."""
 
     epoch: int
-    facts: ModelFacts
 
 
 class Phase(Enum):

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from services.worker.core import EngineCore
 from services.worker.engine.request import KvKey
 from services.worker.engine.scheduler import PauseState, Scheduler
-from services.worker.facts import model_facts
 from services.worker.inspection import EngineInspection, inspect_engine
 from services.worker.links.base import DownReason, Link, LinkFrame
 from services.worker.model.runner import ModelRunner
@@ -90,7 +89,7 @@ class GroupMember:
         elif self._serving is not None and regrouping.loads:
             self._serving.prepare(regrouping)
         else:
-            self._events.append(Prepared(regrouping.epoch, model_facts(self._runner)))
+            self._events.append(Prepared(regrouping.epoch))
 
     def abandon(self) -> None:
         """What was prepared will not be committed; its links are closed, its layers given up."""
@@ -123,7 +122,7 @@ class GroupMember:
         given_up = weights_before - self._runner.pool.usage.weight_bytes
         seconds = time.perf_counter() - began_at
         self._events.append(PhaseTimed(Phase.COMMIT, seconds, given_up))
-        self._events.append(Committed(proposal.regrouping.epoch, model_facts(self._runner)))
+        self._events.append(Committed(proposal.regrouping.epoch))
         return [item for frame in proposal.frames for item in self.on_frame(frame, now)]
 
     def _change(self, regrouping: Regrouping, peers: GroupPeers | None) -> None:
@@ -201,7 +200,7 @@ class GroupMember:
             self._serving.settle()
         epoch, self._unsettled = self._unsettled, None
         self._scheduler.blocks.grow(self._runner.settle())
-        self._events.append(Settled(epoch, model_facts(self._runner)))
+        self._events.append(Settled(epoch))
 
     # --- links -----------------------------------------------------------------------------------
 

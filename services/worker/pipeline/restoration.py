@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from enum import Enum, auto
 
 from services.worker.engine.block_manager import BlockMove
-from services.worker.facts import model_facts
 from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.events import EventSink, Phase, PhaseTimed, Prepared
 from services.worker.pipeline.load_pacer import LoadPacer
@@ -85,4 +84,4 @@ class Restoration:
         self.state = RestorationState.LOADED
         seconds = time.perf_counter() - self._began_at
         self._emit(PhaseTimed(Phase.LOAD, seconds, self._num_bytes))
-        self._emit(Prepared(self.epoch, model_facts(self._runner)))
+        self._emit(Prepared(self.epoch))

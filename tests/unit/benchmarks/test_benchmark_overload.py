@@ -76,7 +76,6 @@ def load(
         worker_id=worker_id,
         group_id=group_id,
         epoch=1,
-        sequence=1,
         block_size=16,
         kv_blocks_total=total,
         kv_blocks_used=used,
@@ -84,7 +83,6 @@ def load(
         requests_waiting=waiting,
         waiting_blocks=waiting,
         num_preemptions=0,
-        engine_steps=0,
     )
     return LoadSample(at, report)
 

@@ -20,15 +20,12 @@ def load(worker_id: str, epoch: int = 1) -> LoadReport:
         worker_id=worker_id,
         group_id=f"g-{worker_id}",
         epoch=epoch,
-        sequence=1,
         block_size=16,
         kv_blocks_total=10,
         kv_blocks_used=0,
         requests_running=0,
         requests_waiting=0,
         waiting_blocks=0,
-        num_preemptions=0,
-        engine_steps=0,
     )
 
 

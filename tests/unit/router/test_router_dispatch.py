@@ -40,15 +40,12 @@ def report(worker_id: str, used: int = 0, total: int = 10, received: int = 0) ->
         worker_id=worker_id,
         group_id=f"g-{worker_id}",
         epoch=1,
-        sequence=1,
         block_size=16,
         kv_blocks_total=total,
         kv_blocks_used=used,
         requests_running=0,
         requests_waiting=0,
         waiting_blocks=0,
-        num_preemptions=0,
-        engine_steps=0,
         received={"r": received},
     )
 
