@@ -62,7 +62,7 @@ class Phase(Enum):
     COMMIT = "commit"  # until the memory of given-up layers is usable KV
     FIRST_BATCH = "first_batch"  # from there until the first batch of a busy leader
     FIRST_TOKEN = "first_token"  # ... until what came of it
-    EXCHANGE = "exchange"  # ... until no request is left on the layout before
+    EXCHANGE = "exchange"  # from the first order until no request is left on the layout before
     LOAD = "load"  # of missing layers, while the worker serves
 
 

@@ -9,6 +9,7 @@ whose request is gone is discarded.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 from services.worker.engine.request import KvKey
@@ -27,6 +28,7 @@ class KvCourier:
 
     Attributes:
         num_bytes: of KV sent and received so far.
+        began_at: when the first order came, on the clock of `time.perf_counter`.
     """
 
     def __init__(self, peers: GroupPeers, runner: ModelRunner, lookup: TableLookup) -> None:
@@ -34,6 +36,7 @@ class KvCourier:
         self._runner = runner
         self._lookup = lookup
         self.num_bytes = 0
+        self.began_at: float | None = None
         self._serial = 0
         self._num_awaited: dict[int, int] = {}  # parts, by serial
         self._early: list[tuple[KvPart, Buffer]] = []
@@ -48,6 +51,7 @@ class KvCourier:
             KeyError: this worker has nothing of that request.
         """
         self._serial = order.serial
+        self.began_at = self.began_at or time.perf_counter()
         here = self._peers.worker_id
         num_awaited = sum(transfer.destination == here for transfer in order.transfers)
         if num_awaited:

@@ -220,7 +220,7 @@ class PipelineLeader:
     def settle(self) -> None:
         """No KV of layers given up is needed any more."""
         self.peers.send_next(FrameKind.SETTLE, Settle())
-        self._timer.over(Phase.EXCHANGE, self._courier.num_bytes)
+        self._timer.over(Phase.EXCHANGE, self._courier.num_bytes, self._courier.began_at)
 
     # --- batches ---------------------------------------------------------------------------------
 

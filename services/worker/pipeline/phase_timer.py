@@ -15,8 +15,13 @@ class PhaseTimer:
         self._began_at = time.perf_counter()
         self._over: set[Phase] = set()
 
-    def over(self, phase: Phase, num_bytes: int = 0) -> None:
-        """The phase is over; nothing happens where that was said before."""
+    def over(self, phase: Phase, num_bytes: int = 0, began_at: float | None = None) -> None:
+        """The phase is over; nothing happens where that was said before.
+
+        Args:
+            began_at: on the clock of `time.perf_counter`; None: with the commit.
+        """
         if phase not in self._over:
             self._over.add(phase)
-            self._emit(PhaseTimed(phase, time.perf_counter() - self._began_at, num_bytes))
+            since = self._began_at if began_at is None else began_at
+            self._emit(PhaseTimed(phase, time.perf_counter() - since, num_bytes))

@@ -198,7 +198,7 @@ class FollowerStage:
 
     def settle(self) -> None:
         """No KV of layers given up is needed any more."""
-        self._timer.over(Phase.EXCHANGE, self._courier.num_bytes)
+        self._timer.over(Phase.EXCHANGE, self._courier.num_bytes, self._courier.began_at)
 
     def _note_settled(self, message: Settle) -> None:
         self.peers.send_next(FrameKind.SETTLE, message)
