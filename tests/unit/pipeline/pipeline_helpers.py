@@ -73,6 +73,7 @@ class Engine:
     items: list[TokenItem] = field(default_factory=list)
     events: list[GroupEvent] = field(default_factory=list)  # since the last layout was prepared
     is_preparing: bool = False
+    unwanted: set[str] = field(default_factory=set)  # requests whose clients are gone
 
     def on_frame(self, link: Link, frame: LinkFrame) -> None:
         self.inbox.put(frame)
@@ -104,7 +105,12 @@ class Engine:
         return any(isinstance(event, kind) for event in self.events)
 
     def _send_requests(self, event: HandedOver) -> None:
-        requests = [pack_request(request, (), time.monotonic()) for request in event.requests]
+        requests = [
+            pack_request(
+                request, None if request.request_id in self.unwanted else (), time.monotonic()
+            )
+            for request in event.requests
+        ]
         message = HandOver(
             worker_id=self.worker_id, num_blocks=event.num_blocks, requests=tuple(requests)
         )
@@ -139,6 +145,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self.plan = self._plan(6, *([position] for position in range(len(self.engines))))
+        self._before = self.plan
 
     @property
     def leader(self) -> Engine:
@@ -156,11 +163,11 @@ class Cluster:
         Args:
             cuts: for each group where its layers are cut; evenly where it says nothing.
         """
-        before, self.plan = self.plan, self._plan(self.plan.epoch + 2, *groups, cuts=cuts)
+        self._before, self.plan = self.plan, self._plan(self.plan.epoch + 2, *groups, cuts=cuts)
         links = self._links()
         for engine in self.engines:
             name = engine.worker_id
-            regrouping = Regrouping.of(self.plan, name, pipeline_of(before, name))
+            regrouping = Regrouping.of(self.plan, name, pipeline_of(self._before, name))
             if regrouping.after == regrouping.before:
                 continue
             peers = None
@@ -177,6 +184,15 @@ class Cluster:
                 engine.is_preparing = False
                 engine.member.commit()
 
+    def call_off(self) -> None:
+        """What is prepared will not be committed."""
+        for engine in self.engines:
+            if engine.is_preparing:
+                engine.is_preparing = False
+                engine.member.abandon()
+                engine.events.clear()
+        self.plan = self._before
+
     def change(self, *groups: Sequence[int], cuts: Sequence[Sequence[int]] = ()) -> None:
         """Regroup; returns when all have been told to commit."""
         changing = self._prepare_fully(*groups, cuts=cuts)
@@ -187,6 +203,7 @@ class Cluster:
         changing = self._prepare_fully(*groups, cuts=cuts)
         self.commit(changing)
         self.run(self.has_settled)
+        self.run(self._grants_agree)
 
     def has_settled(self) -> bool:
         """Whether nothing is left of the layout before, at those that took part."""
@@ -227,7 +244,7 @@ class Cluster:
     # --- time ------------------------------------------------------------------------------------
 
     def run(self, until: object = None) -> None:
-        """Turn all engines until none has requests and nothing is on its way, or until `until`."""
+        """Turn all engines until none has requests and the layout has settled, or until `until`."""
         ends_at = time.monotonic() + DEADLINE_SECONDS
         while not self._is_done(until):
             moved = [engine.turn() for engine in self.engines]
@@ -247,13 +264,31 @@ class Cluster:
 
     def check(self) -> None:
         """Nothing leaks on any worker."""
+        self.quiesce()
         self.run(self._grants_agree)
+        self.check_integrity()
         for engine in self.engines:
-            engine.core.check_integrity()
-            engine.runner.pool.check_integrity()
             blocks = engine.scheduler.blocks
             assert blocks.num_used(engine.worker_id) == 0
             assert blocks.stage.keys == ()
+
+    def check_integrity(self) -> None:
+        """Every block and every chunk has one owner, whatever runs."""
+        for engine in self.engines:
+            engine.core.check_integrity()
+            engine.runner.pool.check_integrity()
+
+    def is_running(self, request_id: str) -> bool:
+        """Whether somebody still serves a request."""
+        return any(
+            key.request_id == request_id
+            for engine in self.engines
+            for key in engine.scheduler.requests
+        )
+
+    def resident_layers(self) -> list[tuple[Span, ...]]:
+        """What each worker holds."""
+        return [engine.runner.resident_layers for engine in self.engines]
 
     def _grants_agree(self) -> bool:
         """Whether what leaders may book is what was granted: else a frame is on its way."""
@@ -278,7 +313,7 @@ class Cluster:
     def _is_done(self, until: object) -> bool:
         if callable(until):
             return bool(until())
-        return not any(engine.core.has_work for engine in self.engines)
+        return self.has_settled() and not any(engine.core.has_work for engine in self.engines)
 
     def quiesce(self) -> None:
         """Turn until every stage holds nothing any more."""

@@ -36,7 +36,6 @@ def test_a_pipeline_gives_the_tokens_of_a_replica(
         cluster.change(range(len(cluster.engines)))
         add(cluster, make_requests(8))
         cluster.run()
-        cluster.quiesce()
         expect(cluster, expected)
         cluster.check()
 
@@ -58,7 +57,6 @@ def test_streams_live_through_a_drop(
         blocks_before = [engine.runner.num_blocks for engine in cluster.engines]
         cluster.change(range(len(cluster.engines)))
         cluster.run()
-        cluster.quiesce()
         expect(cluster, expected)
         cluster.check()
         assert cluster.has_settled()
@@ -81,7 +79,6 @@ def test_a_drop_in_mid_prefill(tiny_models: TinyModels, kernels: CpuKernels, hom
         assert prefilling.num_computed_tokens < 99
         cluster.change(range(len(cluster.engines)))
         cluster.run()
-        cluster.quiesce()
         expect(cluster, expected)
         cluster.check()
 
@@ -102,7 +99,6 @@ def test_a_cancelled_stream_frees_every_stage(tiny_models: TinyModels, kernels: 
         cluster.run(lambda: all(cluster.tokens(f"r{index}") for index in range(4)))
         for index in range(4):
             cluster.leader.core.cancel(f"r{index}", 0)
-        cluster.quiesce()
         cluster.run()
         cluster.check()
 
@@ -123,9 +119,7 @@ def test_cancels_while_kv_travels_leak_nothing(
         )
         for index in range(6):
             cluster.leader.core.cancel(f"r{index}", 0)
-        cluster.quiesce()
         cluster.run()
-        cluster.run(cluster.has_settled)
         cluster.check()
 
 
@@ -147,7 +141,6 @@ def test_a_batch_that_fails_on_a_stage_fails_its_requests_and_no_others(
         assert "no memory for that" in cluster.leader.of("r0")[-1].error
         add(cluster, make_requests(3)[1:])
         cluster.run()
-        cluster.quiesce()
         expect(cluster, {name: expected[name] for name in ("r1", "r2")})
         cluster.check()
 

@@ -36,7 +36,6 @@ def test_streams_live_through_a_restore(
         cluster.change(*([position] for position in range(len(cluster.engines))))
         add(cluster, requests[5:], at=1)
         cluster.run()
-        cluster.run(cluster.has_settled)
         expect(cluster, expected)
         cluster.check()
         assert [engine.runner.resident_layers for engine in cluster.engines] == [
@@ -59,11 +58,9 @@ def test_a_restore_that_is_called_off_leaves_the_pipeline(
         cluster.prepare([0], [1])
         cluster.run(lambda: all(engine.event(Prepared) for engine in cluster.engines))
         assert cluster.leader.core.load().kv_blocks_total < blocks
-        for engine in cluster.engines:
-            engine.member.abandon()
+        cluster.call_off()
         cluster.run(lambda: cluster.leader.core.load().kv_blocks_total == blocks)
         cluster.run()
-        cluster.quiesce()
         expect(cluster, expected)
         cluster.check()
 
@@ -85,7 +82,6 @@ def test_requests_that_a_replica_cannot_hold_compute_again(
         cluster.run(lambda: cluster.leader.core.load().kv_blocks_used > replica_blocks)
         cluster.change(*([position] for position in range(len(cluster.engines))))
         cluster.run()
-        cluster.run(cluster.has_settled)
         expect(cluster, expected)
         cluster.check()
         assert cluster.leader.core.load().num_preemptions > 0
