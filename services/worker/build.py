@@ -14,6 +14,7 @@ import structlog
 import torch
 
 from services.worker.core import EngineCore
+from services.worker.device import default_chunk_bytes, make_kernels
 from services.worker.engine.block_manager import BlockManager
 from services.worker.engine.config import SchedulerConfig
 from services.worker.engine.cost_model import TOKEN_COUNT, CostModelError
@@ -23,6 +24,8 @@ from services.worker.engine.scheduler import Scheduler
 from services.worker.facts import model_facts
 from services.worker.identity import ModelFacts
 from services.worker.kernels.cpu import CpuKernels
+from services.worker.kernels.torch_kernels import TorchKernels
+from services.worker.model.config import ModelConfig
 from services.worker.model.profiler import profile_model
 from services.worker.model.runner import ModelRunner, RunnerConfig
 from services.worker.pipeline.member import GroupMember
@@ -58,12 +61,16 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
     )
     # What torch still computes (sampling) is small; its own threads would fight with the kernels'.
     torch.set_num_threads(1)
-    kernels = CpuKernels(settings.threads, cache_dir=cache_dir / "kernels")
+    max_model_len = settings.max_model_len or ModelConfig.from_directory(model_dir).max_model_len
+    kernels = make_kernels(settings, cache_dir, max_model_len)
+    chunk_bytes = settings.chunk_bytes or default_chunk_bytes(
+        kernels.device, settings.device_memory
+    )
     runner = ModelRunner.load(
         RunnerConfig(
             model_dir=model_dir,
             memory_bytes=settings.device_memory,
-            chunk_bytes=settings.chunk_bytes,
+            chunk_bytes=chunk_bytes,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=settings.max_model_len,
         ),
@@ -93,7 +100,7 @@ def _profile(
     cache_dir: Path,
     model_dir: Path,
     runner: ModelRunner,
-    kernels: CpuKernels,
+    kernels: CpuKernels | TorchKernels,
 ) -> ModelProfile | None:
     """What batches cost with this model, these kernels and threads, on this machine.
 

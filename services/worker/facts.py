@@ -16,6 +16,8 @@ def model_facts(runner: ModelRunner) -> ModelFacts:
     usage = runner.pool.usage
     layers = runner.resident_layers
     return ModelFacts(
+        device=runner.device.type,
+        dtype=str(runner.dtype).removeprefix("torch."),
         num_layers=runner.config.num_layers,
         vocab_size=runner.config.vocab_size,
         max_model_len=runner.max_model_len,

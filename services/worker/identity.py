@@ -12,6 +12,8 @@ from shared.messages import ModelCosts, WorkerInfo, WorkerState
 class ModelFacts:
     """What the loaded model tells about this worker; figures are bytes of the device."""
 
+    device: str
+    dtype: str
     num_layers: int
     vocab_size: int
     max_model_len: int
@@ -35,8 +37,6 @@ class Identity:
     host: str
     pid: int
     model_id: str
-    device: str
-    dtype: str
     started_at: float
 
     def info(self, facts: ModelFacts, state: WorkerState, applied_epoch: int) -> WorkerInfo:
@@ -50,8 +50,8 @@ class Identity:
             model_id=self.model_id,
             num_layers=facts.num_layers,
             max_model_len=facts.max_model_len,
-            device=self.device,
-            dtype=self.dtype,
+            device=facts.device,
+            dtype=facts.dtype,
             block_size=facts.block_size,
             kv_block_bytes=facts.kv_block_bytes,
             memory_bytes=facts.memory_bytes,

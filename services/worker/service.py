@@ -32,7 +32,7 @@ from services.worker.load_reporter import LoadReporter
 from services.worker.member_state import Placement
 from services.worker.metrics import WorkerMetrics
 from services.worker.outbound import TokenPublisher
-from services.worker.settings import Device, WorkerSettings
+from services.worker.settings import WorkerSettings
 from services.worker.streams import StreamTable
 from shared.buckets import open_members
 from shared.bus.base import Bus
@@ -305,7 +305,5 @@ def _identity(settings: WorkerSettings) -> Identity:
         host=socket.gethostname(),
         pid=os.getpid(),
         model_id=settings.model,
-        device=Device.CPU.value,
-        dtype="float32",
         started_at=time.time(),
     )

@@ -24,6 +24,7 @@ class Device(StrEnum):
 
     AUTO = "auto"
     CPU = "cpu"
+    CUDA = "cuda"
 
 
 class Dtype(StrEnum):
@@ -31,6 +32,8 @@ class Dtype(StrEnum):
 
     AUTO = "auto"
     FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 def default_worker_id() -> str:
@@ -52,8 +55,11 @@ class WorkerSettings(ServiceSettings):
     cache_dir: Path | None = Field(
         default=None, description="where converted models and compiled kernels are kept"
     )
-    device: Device = Field(default=Device.AUTO, description="auto or cpu")
-    dtype: Dtype = Field(default=Dtype.AUTO, description="auto or float32")
+    device: Device = Field(default=Device.AUTO, description="auto, cpu or cuda")
+    dtype: Dtype = Field(
+        default=Dtype.AUTO,
+        description="auto, float32, or on a GPU bfloat16 or float16 (auto: bfloat16 on a GPU)",
+    )
     device_memory: ByteSize = Field(
         default=GIB, ge=MIB, description="budget for weights and KV cache, e.g. 1GiB"
     )
@@ -70,8 +76,10 @@ class WorkerSettings(ServiceSettings):
     max_num_requests: int = Field(
         default=2048, ge=1, description="requests running and waiting at most; more are refused"
     )
-    chunk_bytes: ByteSize = Field(
-        default=MIB // 2, ge=4096, description="unit of memory that moves between weights and KV"
+    chunk_bytes: ByteSize | None = Field(
+        default=None,
+        ge=4096,
+        description="unit of memory that moves between weights and KV (default: the device's)",
     )
     watermark: float = Field(
         default=0.05, ge=0.0, lt=0.1, description="share of the KV pool kept free at admission"
@@ -113,7 +121,7 @@ class WorkerSettings(ServiceSettings):
 
     @field_validator("chunk_bytes")
     @classmethod
-    def _check_chunk_bytes(cls, value: int) -> int:
-        if value % 4096:
+    def _check_chunk_bytes(cls, value: int | None) -> int | None:
+        if value is not None and value % 4096:
             raise ValueError(f"{value} is not a multiple of the 4096-byte page")
         return value

@@ -24,6 +24,9 @@ class TorchKernels:
         self.dtype = dtype
         self.ops = ops
         self.block_size = BLOCK_SIZE
+        #: Profiles that were measured with other kernels do not count.
+        self.build_id = f"torch {torch.__version__} {_device_name(device)} {dtype}"
+        self.num_threads = 1
 
     def packed_nbytes(self, n: int, k: int) -> int:
         """Bytes of an [n, k] weight."""
@@ -67,3 +70,7 @@ class TorchKernels:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

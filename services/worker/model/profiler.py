@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from services.worker.engine.cost_model import ChunkShape, CostSample, fit_cost_model
 from services.worker.engine.profile import LinearCost, ModelProfile
-from services.worker.model.batch import ForwardBatch, SequenceSlice, make_batch
+from services.worker.model.batch import ForwardBatch, SequenceSlice
 from services.worker.model.runner import ModelRunner
 from services.worker.model.sampler import SamplingRow
 from shared.layout import Span
@@ -83,7 +83,7 @@ def _batch(chunks: Sequence[ChunkShape], runner: ModelRunner) -> ForwardBatch:
         blocks = [index % runner.num_blocks for index in range(position, position + count)]
         slices.append(SequenceSlice([0] * num_tokens, start, blocks, True))
         position += count
-    return make_batch(slices, runner.block_size)
+    return runner.make_batch(slices)
 
 
 def _span(runner: ModelRunner, batches: Sequence[ForwardBatch]) -> Span:
@@ -100,6 +100,12 @@ def _span(runner: ModelRunner, batches: Sequence[ForwardBatch]) -> Span:
 
 def _forward(runner: ModelRunner, batch: ForwardBatch, span: Span) -> None:
     runner.forward(batch, runner.embed(batch), span)
+    runner.synchronize()
+
+
+def _embed(runner: ModelRunner, batch: ForwardBatch) -> None:
+    runner.embed(batch)
+    runner.synchronize()
 
 
 def _measure_ends(
@@ -113,7 +119,7 @@ def _measure_ends(
         batch = _batch([ChunkShape(0, 1)] * num_rows, runner)
         hidden = runner.embed(batch)
         rows = [SamplingRow(params, 1, (0,), ())] * num_rows
-        runs.append(lambda batch=batch: runner.embed(batch))  # type: ignore[misc]
+        runs.append(lambda batch=batch: _embed(runner, batch))  # type: ignore[misc]
         runs.append(
             lambda hidden=hidden, batch=batch, rows=rows: runner.sample(hidden, batch, rows)  # type: ignore[misc]
         )

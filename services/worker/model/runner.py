@@ -118,6 +118,16 @@ class ModelRunner:
         return runner
 
     @property
+    def device(self) -> torch.device:
+        """Where hidden states and KV are."""
+        return self._kernels.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of hidden states and KV."""
+        return self._kernels.dtype
+
+    @property
     def block_size(self) -> int:
         """Tokens of a KV block."""
         return self._plan.block_size
@@ -170,18 +180,28 @@ class ModelRunner:
 
     # --- computing -------------------------------------------------------------------------------
 
+    def make_batch(self, slices: Sequence[SequenceSlice]) -> ForwardBatch:
+        """Lay out the slices of a step, in the order given, on the device."""
+        batch = make_batch(slices, self.block_size)
+        return batch if self.device.type == "cpu" else batch.to(self.device)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done everything that was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     @torch.inference_mode()
     def run(
         self, slices: Sequence[SequenceSlice], rows: Sequence[SamplingRow]
     ) -> list[SampledToken]:
         """Compute a batch; one token for each slice that wants one, in their order."""
-        batch = make_batch(slices, self.block_size)
+        batch = self.make_batch(slices)
         return self.sample(self.forward(batch, self.embed(batch), self.span), batch, rows)
 
     @torch.inference_mode()
     def logits(self, slices: Sequence[SequenceSlice]) -> Iterator[torch.Tensor]:
         """Compute a batch; logits `[rows, vocab]` of slices that want a token, a few at once."""
-        batch = make_batch(slices, self.block_size)
+        batch = self.make_batch(slices)
         yield from self._logits(self.forward(batch, self.embed(batch), self.span), batch)
 
     @torch.inference_mode()
@@ -238,8 +258,8 @@ class ModelRunner:
     def shrink(self, num_blocks: int, moves: Sequence[BlockMove]) -> None:
         """Leave `num_blocks` blocks to the layers of the span, after copying blocks down."""
         layers = range(self.span.start, self.span.end)
-        sources = torch.tensor([move.source for move in moves], dtype=torch.int64)
-        destinations = torch.tensor([move.destination for move in moves], dtype=torch.int64)
+        sources = self._index([move.source for move in moves])
+        destinations = self._index([move.destination for move in moves])
         for layer in layers if moves else ():
             cache = self.kv_cache(layer)
             cache[destinations] = cache[sources]
@@ -288,6 +308,9 @@ class ModelRunner:
     def kv_cache(self, layer: int) -> torch.Tensor:
         """KV of a layer `[max_blocks, *kv_block_shape]`; only mapped blocks may be touched."""
         return self._stage.kv_cache(layer)
+
+    def _index(self, blocks: Sequence[int]) -> torch.Tensor:  # [num_blocks] int64
+        return torch.tensor(blocks, dtype=torch.int64, device=self.device)
 
     def close(self) -> None:
         """Give the memory back; nothing may be computed afterwards."""

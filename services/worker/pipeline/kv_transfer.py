@@ -20,8 +20,12 @@ def gather_kv(
     runner: ModelRunner, block_table: Sequence[int], start: int, end: int
 ) -> torch.Tensor:  # [end - start, num_blocks, *kv_block_shape]
     """A copy of the blocks `block_table` of the layers `[start, end)`."""
-    index = torch.tensor(block_table, dtype=torch.int64)
-    part = torch.empty((end - start, len(block_table), *runner.kv_block_shape))
+    index = torch.tensor(block_table, dtype=torch.int64, device=runner.device)
+    part = torch.empty(
+        (end - start, len(block_table), *runner.kv_block_shape),
+        dtype=runner.dtype,
+        device=runner.device,
+    )
     for position, layer in enumerate(range(start, end)):
         torch.index_select(runner.kv_cache(layer), 0, index, out=part[position])
     return part
@@ -36,21 +40,23 @@ def scatter_kv(
     Raises:
         ValueError: the buffer has another size.
     """
-    index = torch.tensor(block_table, dtype=torch.int64)
-    part = float_tensor(buffer).view(end - start, len(block_table), *runner.kv_block_shape)
+    index = torch.tensor(block_table, dtype=torch.int64, device=runner.device)
+    part = received_tensor(runner, buffer).view(
+        end - start, len(block_table), *runner.kv_block_shape
+    )
     for position, layer in enumerate(range(start, end)):
         runner.kv_cache(layer).index_copy_(0, index, part[position])
 
 
-def float_tensor(buffer: Buffer) -> torch.Tensor:  # [num_floats]
-    """A received buffer as floats; no copy is made.
+def received_tensor(runner: ModelRunner, buffer: Buffer) -> torch.Tensor:  # [num_elements]
+    """A received buffer as a tensor where the runner computes; on the CPU no copy is made.
 
     Raises:
-        ValueError: it is empty, or not of whole floats.
+        ValueError: it is empty, or not of whole elements.
     """
-    return torch.frombuffer(buffer, dtype=torch.float32)
+    return torch.frombuffer(buffer, dtype=runner.dtype).to(runner.device)
 
 
 def as_buffer(tensor: torch.Tensor) -> memoryview:
-    """A contiguous tensor's memory, which the view keeps alive."""
-    return tensor.numpy().data.cast("B")
+    """A contiguous tensor's memory, which the view keeps alive; a GPU's is copied to the host."""
+    return tensor.cpu().view(torch.uint8).numpy().data.cast("B")

@@ -21,7 +21,6 @@ from services.worker.engine.relocation import RelocationError
 from services.worker.engine.request import KvKey, Request, RequestKey, RequestStatus
 from services.worker.engine.scheduler import Scheduler
 from services.worker.links.base import LinkFrame
-from services.worker.model.batch import make_batch
 from services.worker.model.runner import ModelRunner
 from services.worker.model.sampler import SampledToken
 from services.worker.pipeline.departure import Departure
@@ -227,7 +226,7 @@ class PipelineLeader:
     def submit(self, output: SchedulerOutput) -> None:
         """Compute a batch's first layers and send it on; its outcome comes as a Tokens frame."""
         slices, rows = sequence_slices(output), sampling_rows(output)
-        batch = make_batch(slices, self._runner.block_size)
+        batch = self._runner.make_batch(slices)
         hidden = self._runner.forward(batch, self._runner.embed(batch), self.peers.span)
         message = microbatch(output, slices, rows)
         self._flush_releases()  # first: what this batch takes may be what they free

@@ -14,11 +14,11 @@ import structlog
 from services.worker.engine.request import KvKey
 from services.worker.engine.scheduler import Scheduler
 from services.worker.links.base import Buffer, LinkFrame
-from services.worker.model.batch import SequenceSlice, make_batch
+from services.worker.model.batch import SequenceSlice
 from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.events import EventSink, HandedOver, Phase
 from services.worker.pipeline.kv_courier import KvCourier
-from services.worker.pipeline.kv_transfer import as_buffer, float_tensor
+from services.worker.pipeline.kv_transfer import as_buffer, received_tensor
 from services.worker.pipeline.messages import (
     Capacity,
     Dissolve,
@@ -215,8 +215,8 @@ class FollowerStage:
             self._answer(Tokens(step=message.step, error=f"{self.peers.worker_id}: {error}"))
 
     def _compute(self, message: Microbatch, buffer: Buffer) -> None:
-        batch = make_batch(self._slices(message), self._runner.block_size)
-        hidden = float_tensor(buffer).view(batch.token_ids.numel(), -1)
+        batch = self._runner.make_batch(self._slices(message))
+        hidden = received_tensor(self._runner, buffer).view(batch.token_ids.numel(), -1)
         self._runner.forward(batch, hidden, self.peers.span)
         if self.peers.next_worker_id is not None:
             self.peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))
