@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.worker.kernels.base import Kernels
+from services.worker.memory.sizing import check_budget
 from services.worker.model.arena import ArenaLayout, PartSpec
 from services.worker.model.checkpoint import EMBEDDING, FINAL_NORM, LM_HEAD
 from services.worker.model.config import ModelConfig
@@ -21,6 +22,8 @@ from shared.layout import Span
 
 EMBEDDING_ARENA = "embedding"
 HEAD_ARENA = "head"
+#: The least KV cache worth starting with: one request of this many tokens.
+_MIN_KV_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,23 @@ class ModelPlan:
     def head_matrix(self) -> str:
         """The part of `head` that is the output matrix."""
         return EMBEDDING if self.config.tie_word_embeddings else LM_HEAD
+
+    def check_budget(
+        self, span: Span, budget_bytes: int, chunk_bytes: int, max_model_len: int | None
+    ) -> None:
+        """Refuse a budget that cannot serve anything, before anything is loaded.
+
+        Raises:
+            DeviceMemoryTooSmallError: says how much is needed.
+        """
+        longest = min(max_model_len or _MIN_KV_TOKENS, self.config.max_model_len)
+        check_budget(
+            budget_bytes,
+            [arena.layout.nbytes for arena in self.arenas(span)],
+            [self.kv_block_bytes] * len(span),
+            -(-min(_MIN_KV_TOKENS, longest) // self.block_size),
+            chunk_bytes,
+        )
 
     @property
     def kv_block_shape(self) -> tuple[int, int, int, int]:

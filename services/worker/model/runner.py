@@ -21,17 +21,15 @@ from services.worker.kernels.cpu import CpuKernels
 from services.worker.kernels.torch_kernels import TorchKernels
 from services.worker.memory.factory import make_memory
 from services.worker.memory.pool import MemoryPool
-from services.worker.memory.sizing import check_budget, chunks_for, most_blocks
+from services.worker.memory.sizing import chunks_for, most_blocks
 from services.worker.model.batch import ForwardBatch, SequenceSlice, make_batch
 from services.worker.model.checkpoint import Checkpoint
+from services.worker.model.device_sampler import sample_on_device
 from services.worker.model.layers.factory import make_decoder_layers
 from services.worker.model.plan import ArenaPlan, ModelPlan
 from services.worker.model.sampler import SampledToken, SamplingRow, sample
 from services.worker.model.stage import Stage
 from shared.layout import Span
-
-#: The least KV cache worth starting with: one request of this many tokens.
-_MIN_KV_TOKENS = 512
 
 #: Stale mappings that are taken away between two batches: less than a millisecond of work.
 _UNMAP_BYTES = 16 * 1024 * 1024
@@ -81,6 +79,7 @@ class ModelRunner:
         self._stage = stage
         self._span = stage.span
         self._kernels = kernels
+        self._sample = sample if kernels.device.type == "cpu" else sample_on_device
         limit = min(max_model_len or self.config.max_model_len, self.config.max_model_len)
         #: Prompt plus output tokens of the longest request; stays when the KV cache grows.
         self.max_model_len = min(limit, self.num_blocks * self.block_size)
@@ -100,7 +99,9 @@ class ModelRunner:
         layers = make_decoder_layers(config, kernels, runner_config.max_num_batched_tokens)
         plan = ModelPlan(config, layers, kernels)
         span = Span(start=0, end=config.num_layers)
-        _check_budget(runner_config, plan, span)
+        plan.check_budget(
+            span, runner_config.memory_bytes, runner_config.chunk_bytes, runner_config.max_model_len
+        )
         pool = MemoryPool(
             make_memory(kernels.device, runner_config.memory_bytes, runner_config.chunk_bytes)
         )
@@ -230,7 +231,7 @@ class ModelRunner:
         """One token for each slice that wants one; only where the span ends the model."""
         tokens: list[SampledToken] = []
         for logits in self._logits(hidden, batch):
-            tokens += sample(logits, rows[len(tokens) : len(tokens) + len(logits)])
+            tokens += self._sample(logits, rows[len(tokens) : len(tokens) + len(logits)])
         return tokens
 
     def _logits(self, hidden: torch.Tensor, batch: ForwardBatch) -> Iterator[torch.Tensor]:
@@ -316,15 +317,3 @@ class ModelRunner:
         """Give the memory back; nothing may be computed afterwards."""
         self.pool.close()
         self._kernels.close()
-
-
-def _check_budget(runner_config: RunnerConfig, plan: ModelPlan, span: Span) -> None:
-    """Refuse a budget that cannot serve anything, before anything is loaded."""
-    longest = min(runner_config.max_model_len or _MIN_KV_TOKENS, plan.config.max_model_len)
-    check_budget(
-        runner_config.memory_bytes,
-        [arena.layout.nbytes for arena in plan.arenas(span)],
-        [plan.kv_block_bytes] * len(span),
-        -(-min(_MIN_KV_TOKENS, longest) // plan.block_size),
-        runner_config.chunk_bytes,
-    )

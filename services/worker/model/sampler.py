@@ -7,9 +7,10 @@
                  distribution at the row's noise
 
 Row after row: a row of a vocabulary stays in a core's cache through all of it, and a whole batch
-does not (measured on [32, 49152]: 5 to 11 times faster). The noise of a row is one uniform number
-made from (seed, position) by a counter-based hash and nothing else, so a request draws the same
-tokens alone or in a batch, after a preemption, on another worker.
+does not (measured on [32, 49152]: 5 to 11 times faster; a GPU takes all rows at once, see
+`device_sampler.py`). The noise of a row is one uniform number made from (seed, position) by a
+counter-based hash and nothing else, so a request draws the same tokens alone or in a batch, after a
+preemption, on another worker.
 """
 
 from __future__ import annotations
@@ -78,34 +79,38 @@ def sample(
 def _sample_row(logits: torch.Tensor, row: SamplingRow) -> SampledToken:  # [vocab]
     params = row.params
     logprobs = None if params.logprobs is None else torch.log_softmax(logits, dim=-1)
-    _adjust(logits, row)
-    if params.temperature < _GREEDY_TEMPERATURE:
-        token_id = int(logits.argmax())
-    else:
-        token_id = _draw(logits, row)
+    adjust(logits, row)
+    token_id = int(logits.argmax()) if is_greedy(params) else _draw(logits, row)
     if logprobs is None or params.logprobs is None:
         return SampledToken(token_id)
-    return SampledToken(token_id, _report(logprobs, token_id, params.logprobs))
+    return SampledToken(token_id, report(logprobs, token_id, params.logprobs))
 
 
-def _adjust(logits: torch.Tensor, row: SamplingRow) -> None:
+def is_greedy(params: SamplingParams) -> bool:
+    """True if the most likely token is taken."""
+    return params.temperature < _GREEDY_TEMPERATURE
+
+
+def adjust(logits: torch.Tensor, row: SamplingRow) -> None:
     """Apply penalties, bias and prohibitions to one row `[vocab]` in place."""
-    params = row.params
+    params, device = row.params, logits.device
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor([*{*row.prompt_token_ids, *row.output_token_ids}], dtype=torch.int64)
+        seen = torch.tensor(
+            [*{*row.prompt_token_ids, *row.output_token_ids}], dtype=torch.int64, device=device
+        )
         values = logits[seen]
         penalty = params.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if (params.presence_penalty or params.frequency_penalty) and row.output_token_ids:
         counts = Counter(row.output_token_ids)
-        frequencies = torch.tensor(list(counts.values()))
+        frequencies = torch.tensor(list(counts.values()), device=device)
         penalties = params.presence_penalty + params.frequency_penalty * frequencies
-        logits[torch.tensor(list(counts))] -= penalties
+        logits[torch.tensor(list(counts), device=device)] -= penalties
     if params.logit_bias:
-        biased = torch.tensor(list(params.logit_bias))
-        logits[biased] += torch.tensor(list(params.logit_bias.values()))
+        biased = torch.tensor(list(params.logit_bias), device=device)
+        logits[biased] += torch.tensor(list(params.logit_bias.values()), device=device)
     if row.forbidden_token_ids:
-        logits[torch.tensor(row.forbidden_token_ids)] = -torch.inf
+        logits[torch.tensor(row.forbidden_token_ids, device=device)] = -torch.inf
 
 
 def _draw(logits: torch.Tensor, row: SamplingRow) -> int:  # [vocab]
@@ -154,11 +159,12 @@ def _nucleus_floor(candidates: npt.NDArray[np.float32], top_p: float) -> float:
     return float(descending[min(last, descending.size - 1)])
 
 
-def _report(
+def report(
     logprobs: torch.Tensor,  # [vocab]
     token_id: int,
     num_alternatives: int,
 ) -> TokenLogprobs:
+    """What is told of a drawn token, with the most likely others."""
     chosen = logprobs[token_id]
     top = torch.topk(logprobs, num_alternatives)
     return TokenLogprobs(
