@@ -189,6 +189,29 @@ class Streams:
         await asyncio.gather(*(stream.disconnect() for stream in self.streams))
 
 
+class Undisturbed:
+    """What clients read where nothing happens and nobody wants for memory."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, Answer] = {}
+
+    async def ask(self, url: str, bodies: Sequence[dict[str, Any]]) -> None:
+        """Learn the answers to `bodies`."""
+        async with Streams([url], bodies) as streams:
+            for body, answer in zip(bodies, await streams.answers(), strict=True):
+                self._answers[json.dumps(body)] = answer
+
+    def check(self, streams: Streams) -> None:
+        """What has arrived so far is what would have arrived."""
+        for body, stream in zip(streams.bodies, streams.streams, strict=True):
+            assert stream.answer.continues_as(self._answers[json.dumps(body)]), body
+
+    async def check_ends(self, streams: Streams) -> None:
+        """The same, when all streams have ended by themselves."""
+        await streams.answers()
+        self.check(streams)
+
+
 async def ask(url: str, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
     """The answers to requests that are not streamed, sent all at once."""
     timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)

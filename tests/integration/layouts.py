@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import aiohttp
+import pytest
 
 from tests.conftest import eventually
 from tests.integration.harness import Cluster
 
 #: Longer than any change of the layout takes, also on a busy machine.
 SETTLE_SECONDS = 60.0
+MOST_TRIES = 5
 
 
 class Operator:
@@ -38,11 +41,19 @@ class Operator:
         return plan
 
     async def carry_out(self, action: str, *workers: str) -> None:
-        """Give an order and wait until it has settled everywhere."""
-        plan = await self.order(action, *workers)
-        transition = await self.wait_settled(plan["epoch"])
-        assert transition["result"] == "applied", transition
-        assert transition["phase_seconds"].keys() >= {"prepare", "commit", "exchange"}
+        """Give an order and wait until it has settled everywhere.
+
+        On a machine so busy that a link's heartbeats come late, the cluster rightly falls back;
+        then the order is given again.
+        """
+        for _ in range(MOST_TRIES):
+            plan = await self.order(action, *workers)
+            transition = await self.wait_settled(plan["epoch"])
+            if transition["result"] == "applied":
+                assert transition["phase_seconds"].keys() >= {"prepare", "commit", "exchange"}
+                return
+            assert re.match("fell back: .* is silent", transition["result"]), transition
+        pytest.fail(f"fell back {MOST_TRIES} times: this machine is too busy")
 
     async def make_whole(self) -> None:
         """Restore whatever is dropped, after whatever is under way."""

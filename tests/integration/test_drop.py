@@ -7,15 +7,20 @@ proves that what it is about did happen: bytes were exchanged, requests waited o
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from tests.conftest import eventually
-from tests.integration.clients import ANSWER_SECONDS, Answer, Streams, chat, completion
+from tests.integration.clients import (
+    ANSWER_SECONDS,
+    Streams,
+    Undisturbed,
+    chat,
+    completion,
+)
 from tests.integration.harness import Cluster
 from tests.integration.layouts import Operator
 
@@ -59,29 +64,6 @@ SHORT: list[dict[str, Any]] = [
 LARGE = [completion(number, 300, prompt=f"{number}: {WORDS * 22}") for number in range(50, 56)]
 #: A prompt that takes many batches.
 PROMPT = completion(60, 40, prompt=WORDS * 43)
-
-
-class Undisturbed:
-    """What clients read where nothing happens and nobody wants for memory."""
-
-    def __init__(self) -> None:
-        self._answers: dict[str, Answer] = {}
-
-    async def ask(self, url: str, bodies: Sequence[dict[str, Any]]) -> None:
-        """Learn the answers to `bodies`."""
-        async with Streams([url], bodies) as streams:
-            for body, answer in zip(bodies, await streams.answers(), strict=True):
-                self._answers[json.dumps(body)] = answer
-
-    def check(self, streams: Streams) -> None:
-        """What has arrived so far is what would have arrived."""
-        for body, stream in zip(streams.bodies, streams.streams, strict=True):
-            assert stream.answer.continues_as(self._answers[json.dumps(body)]), body
-
-    async def check_ends(self, streams: Streams) -> None:
-        """The same, when all streams have ended by themselves."""
-        await streams.answers()
-        self.check(streams)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
