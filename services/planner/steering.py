@@ -117,17 +117,20 @@ def _restore(inputs: Inputs, plan: Plan, pressure: Pressure) -> Target | Restrai
 
 
 def _release_draining(inputs: Inputs, plan: Plan) -> Target | None:
-    """A worker that leaves takes layers with it that others need: they get them back first."""
-    leaving = {
-        member.worker_id
-        for group in plan.groups
-        if len(group.members) > 1
-        for member in group.members
-        if inputs.workers[member.worker_id].state is WorkerState.DRAINING
-    }
+    """A worker that leaves takes layers with it that others need: they get them back first.
+
+    Where all members leave, nobody does: their pipeline finishes what it runs.
+    """
+    leaving: set[str] = set()
+    hit: set[str] = set()
+    for group in plan.groups:
+        members = {member.worker_id for member in group.members}
+        draining = {w for w in members if inputs.workers[w].state is WorkerState.DRAINING}
+        if draining and draining != members:
+            leaving |= draining
+            hit.add(group.group_id)
     if not leaving or inputs.now < plan.not_before:
         return None
-    hit = {g.group_id for g in plan.groups if any(m.worker_id in leaving for m in g.members)}
     restored = plan_whole(make_candidates(plan.groups, inputs.workers, inputs.loads), hit, leaving)
     if restored is None:
         return None

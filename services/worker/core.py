@@ -84,6 +84,14 @@ class EngineCore:
         """Free everything the request holds, at once or when its batch returns."""
         self._scheduler.cancel(request_id, attempt)
 
+    def lose_all(self) -> list[TokenItem]:
+        """Forget all requests and batches; their routers replay them."""
+        return [_lost_item(request) for request in self._scheduler.lose_all()]
+
+    def lose_worker(self, worker_id: str) -> list[TokenItem]:
+        """Forget what needs a worker that is gone; routers replay requests whose KV is there."""
+        return [_lost_item(request) for request in self._scheduler.lose_worker(worker_id)]
+
     def drain(self) -> None:
         """Take no new requests."""
         self._scheduler.drain()
@@ -152,6 +160,15 @@ def _item(result: StepResult, logprobs: TokenLogprobs | None) -> TokenItem:
         stop_token_id=result.stop_token_id,
         error=result.error,
         queued_seconds=request.queued_seconds if result.index == 0 else None,
+    )
+
+
+def _lost_item(request: Request) -> TokenItem:
+    return TokenItem(
+        request_id=request.request_id,
+        attempt=request.attempt,
+        index=0,
+        finish_reason=FinishReason.LOST,
     )
 
 

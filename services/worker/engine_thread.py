@@ -81,6 +81,13 @@ class CommitLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class BreakUp:
+    """Leave the group at once and become a replica."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class FrameReceived:
     """A member of a group sent something."""
 
@@ -107,7 +114,8 @@ class Stop:
     """Leave the thread; unfinished requests are abandoned."""
 
 
-GroupCommand = PrepareLayout | AbandonLayout | CommitLayout | FrameReceived | LinkDown
+LayoutCommand = PrepareLayout | AbandonLayout | CommitLayout | BreakUp
+GroupCommand = LayoutCommand | FrameReceived | LinkDown
 Command = Add | Cancel | Drain | Inspect | Stop | GroupCommand
 
 
@@ -259,7 +267,9 @@ def _apply(core: EngineCore, member: GroupMember, command: Command) -> list[Toke
         case CommitLayout():
             member.commit()
         case LinkDown(link, reason):
-            member.on_down(link, reason)
+            return member.on_down(link, reason)
+        case BreakUp(why):
+            return member.break_up(why)
         case Inspect(reply):
             if reply.set_running_or_notify_cancel():
                 reply.set_result(member.inspect())

@@ -22,23 +22,29 @@ from services.worker.links.endpoint import LinkEndpoint
 from services.worker.links.host import host_id
 from services.worker.links.totals import LinkTotals
 from services.worker.member_state import Placement
+from services.worker.outbound import TokenPublisher
 from services.worker.pipeline.events import (
     Adopted,
+    Broken,
     Committed,
+    FormerLost,
     GroupEvent,
     HandedOver,
     PhaseTimed,
     Prepared,
     PrepareFailed,
     Settled,
+    Whole,
 )
 from services.worker.pipeline.handover import pack_request
 from services.worker.pipeline.messages import FrameKind, HandOver, RequestMessage
+from services.worker.pipeline.peers import GroupKey
 from services.worker.settings import WorkerSettings
 from services.worker.streams import StreamTable
 from services.worker.transition import Transition
 from shared.buckets import open_acks, open_plan
 from shared.bus.base import Bus
+from shared.layout import GroupPlan
 from shared.subjects import Subjects
 
 
@@ -51,6 +57,7 @@ class GroupService:
         bus: Bus,
         engine: EngineThread,
         streams: StreamTable,
+        publisher: TokenPublisher,
         placement: Placement,
         link_totals: LinkTotals,
         *,
@@ -65,6 +72,7 @@ class GroupService:
         self._bus = bus
         self._subjects = Subjects(settings.deployment)
         self._streams = streams
+        self._publisher = publisher
         self._placement = placement
         self._link_totals = link_totals
         self._engine = engine
@@ -82,6 +90,7 @@ class GroupService:
             plans=await open_plan(self._bus, self._subjects),
             acks=await open_acks(self._bus, self._subjects),
         )
+        self._bus.on_reconnect(self._on_reconnect)
         await self._endpoint.start()
         self._transition.start(self._endpoint)
 
@@ -94,9 +103,25 @@ class GroupService:
         await self._transition.close()
         await self._endpoint.close()
 
+    # --- what the worker asks --------------------------------------------------------------------
+
+    @property
+    def is_reloading(self) -> bool:
+        """True while layers are missing that no plan has had given up."""
+        return self._transition.is_reloading
+
+    @property
+    def needed_in(self) -> GroupPlan | None:
+        """The pipeline whose members need this worker's layers."""
+        return self._transition.needed_in
+
+    def drain(self) -> None:
+        """Join no pipeline any more."""
+        self._transition.drain()
+
     # --- what the engine says --------------------------------------------------------------------
 
-    def handle(self, event: GroupEvent) -> None:
+    async def handle(self, event: GroupEvent) -> None:
         """Act on what happened in the engine thread."""
         match event:
             case Prepared(epoch):
@@ -114,6 +139,14 @@ class GroupService:
                     self._streams.adopt(
                         request.request_id, request.attempt, request.router_id, request.items
                     )
+            case Broken(keys, reason):
+                self._transition.broken(reason)
+                for key in keys:
+                    await self._lose_moved(key)
+            case Whole():
+                self._transition.whole()
+            case FormerLost(key):
+                await self._lose_moved(key)
             case PhaseTimed(phase, seconds, num_bytes):
                 self._log.info(
                     "phase over",
@@ -129,7 +162,9 @@ class GroupService:
         now, leader = time.monotonic(), event.peers.leader
         requests: list[RequestMessage] = []
         for request in event.requests:
-            items = self._streams.move(request.request_id, request.attempt, leader, now)
+            items = self._streams.move(
+                request.request_id, request.attempt, leader, event.peers.key, now
+            )
             requests.append(pack_request(request, items, now))
         message = HandOver(
             worker_id=self._settings.worker_id,
@@ -138,6 +173,13 @@ class GroupService:
         )
         event.peers.send(leader, FrameKind.HAND_OVER, message)
         self._log.info("requests handed over", leader=leader, requests=len(requests))
+
+    async def _lose_moved(self, key: GroupKey) -> None:
+        """Have the requests replayed that this worker gave to another member of a broken group."""
+        await self._publisher.send(self._streams.lose_moved(key, time.monotonic()))
+
+    async def _on_reconnect(self) -> None:
+        self._follower.wake()  # the server may have lost what was said
 
     def _on_transition(self) -> None:
         self._follower.wake()

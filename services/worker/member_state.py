@@ -6,7 +6,8 @@ SETTLED --PREPARE--> PREPARING --links up, layers here--> PREPARED --COMMIT--> C
    +------------------- nothing is left on the layout before -----------------------+
 
 The layouts are a pipeline's or a replica's; every change goes this way: drop, restore, and from one
-pipeline to another.
+pipeline to another. Where a group breaks, the way is shorter: RELOADING, from any state, and when
+every layer is here, SETTLED as a replica.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ class MemberState(Enum):
     PREPARED = auto()  # has links and layers; serves as before
     COMMITTING = auto()  # the engine was told
     SETTLING = auto()  # serves in the new layout; requests of before are still moved
+    RELOADING = auto()  # its group broke: gets missing layers back and serves nothing
 
 
 TRANSITIONS: dict[MemberState, frozenset[MemberState]] = {
-    MemberState.SETTLED: frozenset({MemberState.PREPARING}),
+    MemberState.SETTLED: frozenset({MemberState.PREPARING, MemberState.RELOADING}),
     MemberState.PREPARING: frozenset({MemberState.PREPARED, MemberState.SETTLED}),
     MemberState.PREPARED: frozenset({MemberState.COMMITTING, MemberState.SETTLED}),
-    MemberState.COMMITTING: frozenset({MemberState.SETTLING}),
-    MemberState.SETTLING: frozenset({MemberState.SETTLED}),
+    MemberState.COMMITTING: frozenset({MemberState.SETTLING, MemberState.RELOADING}),
+    MemberState.SETTLING: frozenset({MemberState.SETTLED, MemberState.RELOADING}),
+    MemberState.RELOADING: frozenset({MemberState.SETTLED}),
 }
 
 #: What is said of the plan that the worker follows; None while there is no answer yet.
@@ -47,6 +50,7 @@ ANSWERS: dict[MemberState, AckState | None] = {
     MemberState.PREPARED: AckState.PREPARED,
     MemberState.COMMITTING: None,
     MemberState.SETTLING: AckState.APPLIED,
+    MemberState.RELOADING: None,
 }
 
 

@@ -22,6 +22,7 @@ import structlog
 
 from services.worker.admission import AdmissionLimits
 from services.worker.build import build_engine
+from services.worker.draining import why_stay
 from services.worker.engine_thread import Drain as DrainEngine
 from services.worker.engine_thread import EngineReport, EngineThread
 from services.worker.group_service import GroupService
@@ -81,7 +82,7 @@ class WorkerService:
         self._link_totals = LinkTotals()
         self._metrics = WorkerMetrics(BusCollector(bus), self._link_totals)
         self._reports: asyncio.Queue[EngineReport] = asyncio.Queue()
-        self._idle = asyncio.Event()
+        self._news = asyncio.Event()  # of streams, groups and members, for whoever drains
         self._disconnects_seen = bus.stats.disconnects
         self._patient_until = float("-inf")
         self._log = structlog.get_logger(component="worker")
@@ -116,7 +117,7 @@ class WorkerService:
             self._info(),
             self._settings.lease_ttl_seconds,
         )
-        view = MemberView(self._bus, members, self._settings.lease_ttl_seconds)
+        self._view = view = MemberView(self._bus, members, self._settings.lease_ttl_seconds)
         self._engine = engine
         self._intake = await self._make_intake(engine)
         self._reporter = LoadReporter(
@@ -127,6 +128,7 @@ class WorkerService:
             self._bus,
             engine,
             self._streams,
+            self._publisher,
             self._placement,
             self._link_totals,
             on_change=self._on_groups_changed,
@@ -208,15 +210,12 @@ class WorkerService:
                 self._facts = report.facts
                 self._lease.update(self._info())
             for event in report.events:
-                self._groups.handle(event)
+                await self._groups.handle(event)
             by_router = self._streams.record(report.items, time.monotonic())
             await self._publisher.send(by_router)
             self._metrics.observe(report)
             self._reporter.update(report.load, self._intake.received(report.num_added))
-            if self._streams.num_open == 0:
-                self._idle.set()
-            else:
-                self._idle.clear()
+            self._news.set()
 
     async def _forget_finished(self) -> None:
         while True:
@@ -236,6 +235,7 @@ class WorkerService:
                 self._intake.cancel_router(router_id)
 
     def _on_member(self, event: MemberEvent) -> None:
+        self._news.set()
         if isinstance(event.info, RouterInfo) and event.kind in (
             MemberEventKind.LEFT,
             MemberEventKind.RESTARTED,
@@ -245,6 +245,7 @@ class WorkerService:
     def _on_groups_changed(self) -> None:
         self._lease.update(self._info())
         self._reporter.wake()
+        self._news.set()
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -253,7 +254,14 @@ class WorkerService:
         self._lease.update(self._info())
 
     def _info(self) -> WorkerInfo:
-        return self._identity.info(self._facts, self._state, self._placement.epoch)
+        return self._identity.info(self._facts, self._shown_state, self._placement.epoch)
+
+    @property
+    def _shown_state(self) -> WorkerState:
+        """The state, unless the worker is ready but for its layers."""
+        if self._state is WorkerState.READY and self._groups.is_reloading:
+            return WorkerState.RELOADING
+        return self._state
 
     def _begin_drain(self) -> None:
         """Refuse new requests from now on; those accepted are finished. Idempotent."""
@@ -261,28 +269,37 @@ class WorkerService:
             return
         self._log.info("draining", requests=self._streams.num_open)
         self._intake.is_draining = True
+        self._groups.drain()
         self._engine.submit(DrainEngine())
         self._reporter.set_draining()
         self._enter(WorkerState.DRAINING)
 
     async def _drain(self) -> None:
-        """Finish what runs, within the time set, then leave the cluster."""
+        """Finish what runs and serve a pipeline while it is needed, within the time set; leave."""
         self._begin_drain()
         try:
             async with asyncio.timeout(self._settings.drain_timeout_seconds):
-                while self._streams.num_open:
-                    self._idle.clear()
-                    await self._idle.wait()
+                while self._why_stay():
+                    self._news.clear()
+                    await self._news.wait()
         except TimeoutError:
-            self._log.warning("drain timed out", requests=self._streams.num_open)
+            self._log.warning("drain timed out", reason=self._why_stay())
         await self._lease.release()
+
+    def _why_stay(self) -> str:
+        return why_stay(
+            self._identity.worker_id,
+            self._streams.num_open,
+            self._groups.needed_in,
+            self._view.workers,
+        )
 
     def _unready_reasons(self) -> list[str]:
         reasons = []
         if not self._bus.is_connected:
             reasons.append("not connected to NATS")
-        if self._state is not WorkerState.READY:
-            reasons.append(f"the worker is {self._state.value}")
+        if self._shown_state is not WorkerState.READY:
+            reasons.append(f"the worker is {self._shown_state.value}")
         elif not self._placement.group_id:
             reasons.append("no plan places this worker in a group")
         return reasons

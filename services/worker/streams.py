@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from shared.messages import TokenItem
+from services.worker.pipeline.peers import GroupKey
+from shared.messages import FinishReason, TokenItem
 
 #: How long a finished request can still be asked for.
 REMEMBER_SECONDS = 30.0
@@ -28,6 +29,7 @@ class _Stream:
     items: list[TokenItem] = field(default_factory=list)
     finished_at: float | None = None
     moved_to: str = ""
+    moved_in: GroupKey | None = None
 
     def is_forgotten(self, now: float) -> bool:
         seconds = REMEMBER_MOVED_SECONDS if self.moved_to else REMEMBER_SECONDS
@@ -69,9 +71,9 @@ class StreamTable:
         return by_router
 
     def move(
-        self, request_id: str, attempt: int, worker_id: str, now: float
+        self, request_id: str, attempt: int, worker_id: str, group: GroupKey, now: float
     ) -> list[TokenItem] | None:
-        """End a stream here because `worker_id` serves it from now on.
+        """End a stream here because `worker_id`, a member of `group`, serves it from now on.
 
         Returns:
             What was said of it; None if it is not open, so that nobody wants it any more.
@@ -79,9 +81,29 @@ class StreamTable:
         if not self.is_open(request_id, attempt):
             return None
         stream = self._streams[request_id]
-        stream.finished_at, stream.moved_to = now, worker_id
+        stream.finished_at, stream.moved_to, stream.moved_in = now, worker_id, group
         items, stream.items = stream.items, []
         return items
+
+    def lose_moved(self, group: GroupKey, now: float) -> dict[str, list[TokenItem]]:
+        """End all streams that moved within a group that broke, by the router they go to.
+
+        Whoever serves them may have died before anybody heard of it. Where it lives, or the stream
+        is over, the router has a newer word and drops this one, or replays what was not lost.
+        """
+        by_router: dict[str, list[TokenItem]] = {}
+        for request_id, stream in self._streams.items():
+            if stream.moved_in == group:
+                item = TokenItem(
+                    request_id=request_id,
+                    attempt=stream.attempt,
+                    index=0,
+                    finish_reason=FinishReason.LOST,
+                )
+                stream.items, stream.finished_at = [item], now
+                stream.moved_to, stream.moved_in = "", None
+                by_router.setdefault(stream.router_id, []).append(item)
+        return by_router
 
     def adopt(
         self, request_id: str, attempt: int, router_id: str, items: Iterable[TokenItem]

@@ -7,12 +7,19 @@ Nothing is given up before COMMIT, and COMMIT is refused by whoever is not prepa
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable
 
 import structlog
 
-from services.worker.engine_thread import AbandonLayout, CommitLayout, EngineThread, PrepareLayout
+from services.worker.engine_thread import (
+    AbandonLayout,
+    BreakUp,
+    CommitLayout,
+    EngineThread,
+    PrepareLayout,
+)
 from services.worker.group_links import GroupLinks
 from services.worker.links.base import LinkError
 from services.worker.links.endpoint import LinkEndpoint
@@ -26,16 +33,12 @@ from services.worker.member_state import (
 )
 from services.worker.pipeline.peers import GroupPeers
 from services.worker.regrouping import Regrouping
-from shared.errors import KunserveError
 from shared.layout import GroupPlan, Plan, PlanPhase
 from shared.messages import AckState
 
 #: Time to open links where the plan sets no deadline.
 _PREPARE_SECONDS = 5.0
-
-
-class GroupBrokenUpError(KunserveError):
-    """The plan ends a pipeline whose layers this worker has given up."""
+_DRAINING = "the worker is draining"
 
 
 class Transition:
@@ -64,6 +67,8 @@ class Transition:
         self._state = MemberState.SETTLED
         self._pipeline: GroupPlan | None = None  # that the worker serves in; None for a replica
         self._next: Regrouping | None = None  # what is prepared or committed now
+        self._plan: Plan | None = None  # the newest
+        self._is_draining = False
         self._task: asyncio.Task[None] | None = None
         self._log = structlog.get_logger(component="transition")
 
@@ -81,11 +86,8 @@ class Transition:
     # --- plans -----------------------------------------------------------------------------------
 
     def take(self, plan: Plan) -> None:
-        """Act on a plan that is newer than any before.
-
-        Raises:
-            GroupBrokenUpError: the worker has given up layers that it would need now.
-        """
+        """Act on a plan that is newer than any before."""
+        self._plan = plan
         self._placement.term, self._placement.epoch = plan.version
         if plan.phase is PlanPhase.PREPARE:
             self._take_prepare(plan)
@@ -97,9 +99,14 @@ class Transition:
 
     def _take_prepare(self, plan: Plan) -> None:
         wanted = Regrouping.of(plan, self._worker_id, self._pipeline)
-        if wanted.after == self._pipeline:
+        if self._state is MemberState.RELOADING and wanted.after is None:
+            self.answer = None  # given when it is whole
+        elif wanted.after == self._pipeline:
             self._call_off()
             self._say(AckState.PREPARED)
+        elif wanted.after is not None and self._is_draining:
+            self._call_off()
+            self._say(AckState.REFUSED, _DRAINING)
         elif self._is_preparing and wanted == self._next:
             self._repeat()
         elif self._is_preparing or self._state is MemberState.SETTLED:
@@ -110,17 +117,20 @@ class Transition:
 
     def _take_commit(self, plan: Plan) -> None:
         wanted = Regrouping.of(plan, self._worker_id, self._pipeline)
-        if wanted.after == self._pipeline:
+        if self._state is MemberState.RELOADING and wanted.after is None:
+            self.answer = None  # given when it is whole
+        elif wanted.after == self._pipeline:
             self._call_off()
             self._place(plan)
             self._repeat()
         elif self._state is MemberState.PREPARED and wanted == self._next:
             self._commit(plan, wanted)
         elif wanted.after is None:
-            raise GroupBrokenUpError("the plan has ended this worker's group: it must start anew")
+            self.answer = None
+            self._engine.submit(BreakUp("the plan has ended the group"))
         else:
             self._call_off()
-            self._say(AckState.REFUSED, "the worker is not prepared for this group")
+            self._say(AckState.FAILED, "the worker is not prepared for this group")
 
     # --- prepare and commit ----------------------------------------------------------------------
 
@@ -206,6 +216,44 @@ class Transition:
             self._next = None
             self._advance(MemberState.SETTLED)
 
+    # --- the group breaks ------------------------------------------------------------------------
+
+    def broken(self, reason: str) -> None:
+        """The engine serves nothing any more and loads the layers that it lacks."""
+        self._call_off()
+        self._enter(MemberState.RELOADING)
+        self._pipeline = self._next = None
+        self._placement.group_id, self._placement.is_leader = "", False
+        self._say(AckState.FAILED, reason)
+        self._log.warning("group broken", reason=reason)
+        self._on_change()
+
+    def whole(self) -> None:
+        """Every layer is here again: do now what the newest plan says."""
+        self._enter(MemberState.SETTLED)
+        if self._plan is not None:
+            self.take(self._plan)
+
+    @property
+    def is_reloading(self) -> bool:
+        """True while the worker cannot serve at all."""
+        return self._state is MemberState.RELOADING
+
+    # --- the worker leaves -----------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Join no pipeline any more."""
+        self._is_draining = True
+        if self._is_preparing and self._next is not None and self._next.after is not None:
+            self._refuse(_DRAINING)
+
+    @property
+    def needed_in(self) -> GroupPlan | None:
+        """The pipeline whose members need this worker: that of now, or one that requests leave."""
+        if self._pipeline is None and self._next is not None and not self._is_preparing:
+            return self._next.before
+        return self._pipeline
+
     def _advance(self, state: MemberState) -> None:
         self._enter(state)
         self._repeat()
@@ -220,6 +268,7 @@ class Transition:
         if state not in TRANSITIONS[self._state]:
             raise IllegalTransitionError(f"a member cannot go from {self._state} to {state}")
         self._log.info("transition", before=self._state.name, now=state.name)
+        sys.audit("kunserve.member_state", state.name)  # for whoever wants to be there just then
         self._state = state
 
     def _place(self, plan: Plan) -> None:

@@ -435,11 +435,11 @@ async def test_a_prepared_group_that_is_called_off_changes_nothing(tiny_models: 
         await client.settled()
 
 
-async def test_a_commit_without_its_prepare_is_refused(tiny_models: TinyModels) -> None:
+async def test_a_commit_without_its_prepare_fails(tiny_models: TinyModels) -> None:
     async with running_cluster(tiny_models.directory("llama")) as client:
         group = _group(PIPELINE, list(WORKERS), 2)
         await client.publish([group], LayoutState.DROPPING, PlanPhase.COMMIT, change=True)
-        await eventually(lambda: client.answered(AckState.REFUSED))
+        await eventually(lambda: client.answered(AckState.FAILED))
         await client.be_replicas()
         await client.generate("a", WORKERS[1], "g-worker-b")
         assert len(await client.tokens("a")) == NUM_TOKENS

@@ -187,6 +187,17 @@ class GroupBlocks:
         self._bookings.pop(worker_id, None)
         self.releases.forget_worker(worker_id)
 
+    def start_over(self, num_blocks: int) -> None:
+        """This worker has `num_blocks` blocks and nothing to do with others any more.
+
+        Own requests must hold none.
+        """
+        self.stage.release_all()
+        for worker_id in list(self._bookings):
+            self.forget_worker(worker_id)
+        self._local.shrink(min(num_blocks, self._local.num_blocks), ())
+        self._local.grow(num_blocks)
+
     def grow(self, num_blocks: int) -> None:
         """Add blocks to this worker's pool; see `BlockManager.grow`."""
         self._local.grow(num_blocks)

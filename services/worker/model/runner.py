@@ -149,6 +149,11 @@ class ModelRunner:
         return self._span
 
     @property
+    def whole(self) -> Span:
+        """All layers of the model."""
+        return self._stage.span
+
+    @property
     def resident_layers(self) -> tuple[Span, ...]:
         """The layers whose weights are here."""
         return self._stage.resident_layers
@@ -290,6 +295,18 @@ class ModelRunner:
     def _beside(self, span: Span) -> list[int]:
         """The layers of `span` and those that are served."""
         return [n for n in range(self.config.num_layers) if n in span or n in self.span]
+
+    def reload(self) -> Iterator[int]:
+        """Become a whole replica out of any state, piece by piece; no block may be in use.
+
+        Yields the bytes of each piece, as `load_missing` does.
+
+        Raises:
+            CheckpointError: a tensor cannot be read.
+        """
+        self.pool.shrink_kv(range(self.config.num_layers), self.blocks_with(self.whole))
+        yield from self.load_missing(self.whole)
+        self._span = self.whole
 
     def settle(self) -> int:
         """Give the KV of layers that are not served to those that are; returns their blocks."""

@@ -8,7 +8,7 @@ from enum import Enum
 
 from services.worker.engine.request import Request
 from services.worker.pipeline.messages import RequestMessage
-from services.worker.pipeline.peers import GroupPeers
+from services.worker.pipeline.peers import GroupKey, GroupPeers
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,29 @@ class Settled:
     epoch: int
 
 
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A member of the group is gone, or the plan has ended it: the worker loads what it lacks.
+
+    Its requests are lost, and so are those that moved within any of the groups `keys`.
+    """
+
+    keys: tuple[GroupKey, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """After `Broken`: every layer is here, and the worker serves alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class FormerLost:
+    """A member of a group of before is gone; the layout of now is not hit."""
+
+    key: GroupKey
+
+
 class Phase(Enum):
     """A part of a change of the layout, as this worker sees it."""
 
@@ -75,7 +98,10 @@ class PhaseTimed:
     num_bytes: int
 
 
-GroupEvent = Prepared | PrepareFailed | Committed | HandedOver | Adopted | Settled | PhaseTimed
+Breakage = Broken | Whole | FormerLost
+GroupEvent = (
+    Prepared | PrepareFailed | Committed | HandedOver | Adopted | Settled | PhaseTimed | Breakage
+)
 
 #: Takes events in the engine thread.
 EventSink = Callable[[GroupEvent], None]

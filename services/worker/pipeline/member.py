@@ -26,27 +26,27 @@ from services.worker.inspection import EngineInspection, inspect_engine
 from services.worker.links.base import DownReason, Link, LinkFrame
 from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.events import (
+    Broken,
     Committed,
+    FormerLost,
     GroupEvent,
     Phase,
     PhaseTimed,
     Prepared,
     PrepareFailed,
     Settled,
+    Whole,
 )
 from services.worker.pipeline.leader import PipelineLeader
 from services.worker.pipeline.leadership import Leadership
 from services.worker.pipeline.peers import GroupKey, GroupPeers
+from services.worker.pipeline.reload import Reload
 from services.worker.pipeline.role import Role
 from services.worker.pipeline.stage import FollowerStage
 from services.worker.regrouping import Regrouping
-from shared.errors import KunserveError
-from shared.layout import Span
 from shared.messages import TokenItem
 
-
-class GroupLostError(KunserveError):
-    """A member of the group that this worker serves in is gone."""
+_LINK_DOWN = "a link of the group is down"
 
 
 @dataclass(slots=True)
@@ -77,6 +77,7 @@ class GroupMember:
         self._leadership = Leadership(scheduler)
         self._retired: list[GroupPeers] = []
         self._unsettled: int | None = None  # epoch of the layout that is settling
+        self._reload: Reload | None = None
         self._events: list[GroupEvent] = []
 
     # --- the layout changes ----------------------------------------------------------------------
@@ -85,7 +86,7 @@ class GroupMember:
         """Get ready for a layout that may be committed; a link of it may be down already."""
         self._proposal = _Proposal(regrouping, peers)
         if peers is not None and not peers.is_connected:
-            self._fail("a link of the group is down")
+            self._fail(_LINK_DOWN)
         elif self._serving is not None and regrouping.loads:
             self._serving.prepare(regrouping)
         else:
@@ -102,18 +103,18 @@ class GroupMember:
     def commit(self) -> None:
         """Serve as prepared as soon as the layout before allows it.
 
-        Raises:
-            ValueError: nothing is prepared.
+        Nothing happens where the worker's group broke meanwhile, which was said.
         """
-        if self._proposal is None:
-            raise ValueError("no layout is prepared")
-        self._proposal.is_due = True
-        self._scheduler.pause(PauseState.STOPPED)
+        if self._proposal is not None:
+            self._proposal.is_due = True
+            self._scheduler.pause(PauseState.STOPPED)
 
     def _commit_if_possible(self, now: float) -> list[TokenItem]:
         proposal = self._proposal
         if proposal is None or not proposal.is_due:
             return []
+        if proposal.peers is not None and not proposal.peers.is_connected:
+            return self._break(_LINK_DOWN)
         if self._serving is not None and proposal.regrouping.stops and not self._serving.is_quiet:
             return []
         self._proposal = None
@@ -144,8 +145,7 @@ class GroupMember:
         self._scheduler.relocation.enter(self._alone)
         if parks:
             self._scheduler.relocation.park_running()
-        whole = Span(start=0, end=self._runner.config.num_layers)
-        self._scheduler.blocks.grow(self._runner.keep(whole))
+        self._scheduler.blocks.grow(self._runner.keep(self._runner.whole))
 
     def _lead(self, peers: GroupPeers, *, parks: bool) -> None:
         flush = self._leadership.flush_releases
@@ -180,10 +180,13 @@ class GroupMember:
         """
         for role in self._former:
             if role.is_over:
-                self._core.remove_pipeline(role.peers.route)
-                self._leadership.leaders = [x for x in self._leadership.leaders if x is not role]
+                self._forget(role)
                 self._retired.append(role.peers)
-                del self._roles[role.peers.key]
+
+    def _forget(self, role: Role) -> None:
+        self._core.remove_pipeline(role.peers.route)
+        self._leadership.leaders = [x for x in self._leadership.leaders if x is not role]
+        del self._roles[role.peers.key]
 
     def _close_retired(self) -> None:
         for peers in self._retired:
@@ -215,21 +218,18 @@ class GroupMember:
             proposal.frames.append(frame)
         return []
 
-    def on_down(self, link: Link, reason: DownReason) -> None:
-        """A link is down.
-
-        Raises:
-            GroupLostError: a group that is being served, or was and is still needed, has lost a
-                member.
-        """
+    def on_down(self, link: Link, reason: DownReason) -> list[TokenItem]:
+        """A link is down: its group is broken, or cannot be committed."""
         detail = f"the link to {link.peer.worker_id} is down: {reason.value}"
-        if any(role.peers.has_link(link) for role in self._roles.values()):
-            raise GroupLostError(detail)
+        hit = [role for role in self._roles.values() if role.peers.has_link(link)]
+        if hit and self._serving is None and len(self._roles) == 1:
+            return self._lose_former(hit[0], link.peer.worker_id)
+        if hit:
+            return self._break(detail)
         proposal = self._proposal
         if proposal is not None and proposal.peers is not None and proposal.peers.has_link(link):
-            if proposal.is_due:
-                raise GroupLostError(detail)
             self._fail(detail)
+        return []
 
     def _on_release(self, stage: FollowerStage, keys: Sequence[KvKey]) -> None:
         """A leader had keys freed; on another chain of the same leader their orders are void."""
@@ -238,10 +238,62 @@ class GroupMember:
             if other is not stage and other.peers.leader == stage.peers.leader:
                 other.note_gone(keys)
 
+    # --- a group breaks --------------------------------------------------------------------------
+
+    def break_up(self, reason: str) -> list[TokenItem]:
+        """The plan has ended the group at once; nothing happens where it is broken already."""
+        return self._break(reason) if self._serving is not None else []
+
+    def _break(self, reason: str) -> list[TokenItem]:
+        """Serve no group any more and keep nothing but the layers that are here; load the others.
+
+        Returns:
+            The ends of all requests.
+        """
+        keys = tuple(self._roles)
+        self.close()
+        for role in self._roles.values():
+            self._core.remove_pipeline(role.peers.route)
+        self._roles.clear()
+        self._leadership.leaders.clear()
+        self._serving = self._proposal = self._unsettled = None
+        items = self._core.lose_all()
+        self._scheduler.pause(PauseState.STOPPED)
+        self._scheduler.relocation.enter(self._alone)
+        self._scheduler.blocks.start_over(self._runner.blocks_with(self._runner.whole))
+        self._reload = Reload(self._runner, self._events.append)
+        self._events.append(Broken(keys, reason))
+        return items
+
+    def _pump_reload(self, reload: Reload) -> None:
+        if reload.pump():
+            self._reload = None
+            self._scheduler.blocks.grow(self._runner.num_blocks)
+            self._scheduler.pause(PauseState.RUNNING)
+            self._events.append(Whole())
+
+    def _lose_former(self, role: Role, worker_id: str) -> list[TokenItem]:
+        """A replica loses the pipeline that requests still leave; it goes on.
+
+        Returns:
+            The ends of requests with KV on the worker that is gone.
+        """
+        role.peers.close()
+        self._forget(role)
+        self._events.append(FormerLost(role.peers.key))
+        blocks = self._scheduler.blocks
+        items = self._core.lose_worker(worker_id)
+        for follower in role.peers.followers:
+            blocks.forget_worker(follower)
+        blocks.stage.release_all()
+        return items
+
     # --- rounds ----------------------------------------------------------------------------------
 
     def pump(self, now: float) -> list[TokenItem]:
         """Do what is due, send what can be sent; called before and after each batch."""
+        if self._reload is not None:
+            self._pump_reload(self._reload)
         for role in self._roles.values():
             role.pump()
         items = self._commit_if_possible(now)
@@ -253,7 +305,7 @@ class GroupMember:
     @property
     def is_busy(self) -> bool:
         """True while there is something to do that nobody will announce."""
-        return any(role.is_busy for role in self._roles.values())
+        return self._reload is not None or any(role.is_busy for role in self._roles.values())
 
     def inspect(self) -> EngineInspection:
         """What the engine holds, and whether its books agree."""

@@ -69,7 +69,7 @@ class Engine:
     core: EngineCore
     member: GroupMember
     inbox: queue.SimpleQueue[LinkFrame] = field(default_factory=queue.SimpleQueue)
-    downs: list[tuple[Link, DownReason]] = field(default_factory=list)
+    downs: queue.SimpleQueue[tuple[Link, DownReason]] = field(default_factory=queue.SimpleQueue)
     items: list[TokenItem] = field(default_factory=list)
     events: list[GroupEvent] = field(default_factory=list)  # since the last layout was prepared
     is_preparing: bool = False
@@ -79,7 +79,7 @@ class Engine:
         self.inbox.put(frame)
 
     def on_down(self, link: Link, reason: DownReason) -> None:
-        self.downs.append((link, reason))
+        self.downs.put((link, reason))
 
     def turn(self) -> bool:
         """What the engine thread does in one round; False if it found nothing to do."""
@@ -87,6 +87,8 @@ class Engine:
         num_frames = self.inbox.qsize()
         for _ in range(num_frames):
             self.items += self.member.on_frame(self.inbox.get(), now)
+        for _ in range(self.downs.qsize()):
+            self.items += self.member.on_down(*self.downs.get())
         self.items += self.member.pump(now)
         self.items += self.core.step(now)
         self.items += self.member.pump(now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from services.worker.pipeline.peers import GroupKey
 from services.worker.streams import REMEMBER_SECONDS, StreamKey, StreamTable
 from shared.messages import FinishReason, TokenItem
 
@@ -82,3 +83,18 @@ def test_open_streams_of_a_router() -> None:
     table.record([last(0)], now=0.0)
     assert table.open_streams_of("router-of-a") == [StreamKey("c", 2)]
     assert table.routers() == {"router-of-a", "router-of-b"}
+
+
+def test_streams_that_moved_within_a_broken_group_are_lost() -> None:
+    """Whoever serves them may have died before any router heard of it."""
+    table = table_with("a", "b", "c")
+    group, other = GroupKey("g", 1), GroupKey("g", 2)
+    table.record([item(0, 5)], now=0.0)
+    assert table.move("a", 0, "leader", group, now=1.0) == [item(0, 5)]
+    table.move("b", 0, "leader", other, now=1.0)
+    lost = TokenItem(request_id="a", attempt=0, index=0, finish_reason=FinishReason.LOST)
+    assert table.lose_moved(group, now=2.0) == {"router-of-a": [lost]}
+    assert table.lose_moved(group, now=3.0) == {}
+    assert (table.moved_to("a", 0), table.moved_to("b", 0)) == ("", "leader")
+    assert table.items_since("a", 0, 1) == [lost], "to be said again if that word gets lost"
+    assert table.num_open == 1
