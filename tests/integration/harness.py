@@ -24,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.processes import is_alive, process_tree
 from shared.embedded_nats import EmbeddedNats
+from tests.integration.fault_points import write_order
 from tests.integration.service_process import (
     POLL_SECONDS,
     REPOSITORY,
@@ -42,6 +43,7 @@ class Cluster:
     Args:
         workers, routers, planners: how many to start.
         settings: environment variables of every process, like `{"KUNSERVE_MAX_NUM_SEQS": "4"}`.
+        has_fault_points: `signal_at` can be used.
     """
 
     def __init__(
@@ -52,9 +54,11 @@ class Cluster:
         routers: int = 1,
         planners: int = 1,
         settings: Mapping[str, str] | None = None,
+        has_fault_points: bool = False,
     ) -> None:
         self._directory = directory
         self._settings = dict(settings or {})
+        self._has_fault_points = has_fault_points
         self._ports: list[PortReservation] = []
         self.nats = EmbeddedNats(port=self._reserve_port().port, store_dir=self._store_dir)
         self._counts = {"planner": planners, "router": routers, "worker": workers}
@@ -89,6 +93,20 @@ class Cluster:
 
     def add_worker(self) -> ServiceProcess:
         return self._add("worker", self.workers, "--admin-port")
+
+    def signal_at(
+        self, worker: ServiceProcess, state: str, pid: int, number: signal.Signals
+    ) -> None:
+        """Send a signal to process `pid` the moment `worker` enters `state`, once.
+
+        Of several orders to one worker the last one counts. Its order dies with the worker.
+        """
+        write_order(self._order_path(worker.name), state, pid, number)
+
+    def void_signals(self) -> None:
+        """Forget orders to send a signal that were not carried out."""
+        for worker in self.workers:
+            self._order_path(worker.name).unlink(missing_ok=True)
 
     async def cluster(self, router: int = 0) -> Any:
         """What `GET /cluster` of a router answers, None where nobody answers."""
@@ -186,6 +204,9 @@ class Cluster:
             if "Traceback" in process.log:
                 pytest.fail(f"{process.name} logged a traceback:\n{process.log}")
 
+    def _order_path(self, worker: str) -> Path:
+        return self._directory / f"{worker}.order"
+
     @property
     def _store_dir(self) -> Path:
         return self._directory / "jetstream"
@@ -211,7 +232,12 @@ class Cluster:
             **self._settings,
         }
         command = [service, f"--{service}-id", name, port_option, str(reserved.port)]
-        process = ServiceProcess(name, reserved.url, command, environment, self._directory)
+        program = ["services.cli"]
+        if service == "worker" and self._has_fault_points:
+            program = ["tests.integration.fault_points", str(self._order_path(name))]
+        process = ServiceProcess(
+            name, reserved.url, command, environment, self._directory, program=program
+        )
         group.append(process)
         process.start()
         return process

@@ -56,7 +56,11 @@ class ServiceProcess:
         arguments: Sequence[str],
         environment: Mapping[str, str],
         directory: Path,
+        *,
+        program: Sequence[str] = ("services.cli",),
     ) -> None:
+        """Take a process that is not started yet; `program` runs `kunserve` commands."""
+        self._program = list(program)
         self.name = name
         self.url = url
         self._arguments = list(arguments)
@@ -67,7 +71,7 @@ class ServiceProcess:
 
     def start(self) -> None:
         """Start it, again if it has ended."""
-        command = [sys.executable, "-m", "services.cli", *self._arguments]
+        command = [sys.executable, "-m", *self._program, *self._arguments]
         with self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 dies_with_parent(command, signal.SIGKILL),
