@@ -14,8 +14,8 @@ from services.worker.engine.request import Request, RequestStatus
 from services.worker.engine.scheduler import Scheduler
 from services.worker.pipeline.peers import GroupPeers
 
-#: Requests whose KV travels at once: enough to keep the links busy between two batches.
-MAX_EXCHANGES = 4
+#: Requests that stand still at once on their way home.
+_MAX_PARKED = 4
 
 
 class Departure:
@@ -53,7 +53,7 @@ class Departure:
         """Park requests that run on the pipeline for their way to the present route."""
         relocation = self._scheduler.relocation
         unsettled = relocation.unsettled_requests
-        num_free = MAX_EXCHANGES - sum(r.status is not RequestStatus.RUNNING for r in unsettled)
+        num_free = _MAX_PARKED - sum(r.status is not RequestStatus.RUNNING for r in unsettled)
         for request in unsettled:
             if num_free <= 0:
                 return

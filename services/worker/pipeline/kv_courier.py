@@ -3,24 +3,40 @@
     order seen by all members --> source: gather, send     destination: room made, parts awaited
                                              \\--KvPart------------> scatter, last one: filled
 
-Orders come down the chain and parts come directly, so a part may be early; then it waits. A part
-whose request is gone is discarded.
+A request's KV travels in parts of a few layers each, gathered one by one between two batches: the
+link sends one while the next is gathered, and small buffers are used again where large ones would
+be new pages each time. Orders come down the chain and parts come directly, so a part may be early;
+then it waits. A part whose request is gone is discarded.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from services.worker.engine.request import KvKey
 from services.worker.links.base import Buffer
 from services.worker.model.runner import ModelRunner
-from services.worker.pipeline.kv_transfer import as_buffer, gather_kv, scatter_kv
+from services.worker.pipeline.kv_transfer import as_buffer, gather_kv, layer_parts, scatter_kv
 from services.worker.pipeline.messages import FrameKind, KvPart, Order
 from services.worker.pipeline.peers import GroupPeers
+from services.worker.pipeline.work_pacer import WorkPacer
 
 #: The blocks of a key on this worker, in token order; None if it has none (any more).
 TableLookup = Callable[[KvKey], Sequence[int] | None]
+
+#: Share of the time that sending may take while batches run: requests stand still meanwhile.
+_SHARE = 0.25
+
+
+@dataclass(slots=True)
+class _Awaited:
+    """An order that this worker gets KV by."""
+
+    key: KvKey
+    num_parts: int  # that have not come
 
 
 class KvCourier:
@@ -32,33 +48,41 @@ class KvCourier:
     """
 
     def __init__(self, peers: GroupPeers, runner: ModelRunner, lookup: TableLookup) -> None:
+        self.num_bytes = 0
+        self.began_at: float | None = None
         self._peers = peers
         self._runner = runner
         self._lookup = lookup
-        self.num_bytes = 0
-        self.began_at: float | None = None
         self._serial = 0
-        self._num_awaited: dict[int, int] = {}  # parts, by serial
+        self._awaited: dict[int, _Awaited] = {}  # by serial
         self._early: list[tuple[KvPart, Buffer]] = []
+        self._outgoing: dict[str, deque[KvPart]] = {}  # by destination
+        self._pacer = WorkPacer(time.perf_counter(), _SHARE)
 
     def obey(self, order: Order) -> list[KvKey]:
-        """Send what this worker shall send; room for what it shall get has been made.
+        """Note what to send, and what will come; room for that has been made.
 
         Returns:
             Keys all of whose parts are here, because they were early.
 
         Raises:
-            KeyError: this worker has nothing of that request.
+            KeyError: this worker has nothing of a request whose KV it shall send.
         """
         self._serial = order.serial
         self.began_at = self.began_at or time.perf_counter()
         here = self._peers.worker_id
-        num_awaited = sum(transfer.destination == here for transfer in order.transfers)
-        if num_awaited:
-            self._num_awaited[order.serial] = num_awaited
+        num_awaited = 0
         for transfer in order.transfers:
-            if transfer.source == here:
-                self._send(order, transfer.destination, transfer.start, transfer.end)
+            parts = self._parts(order, transfer.start, transfer.end)
+            if transfer.destination == here:
+                num_awaited += len(parts)
+            elif transfer.source == here:
+                if self._lookup(order.key) is None:
+                    raise KeyError(f"no KV of request {order.key.request_id} is here")
+                self._outgoing.setdefault(transfer.destination, deque()).extend(parts)
+        if num_awaited:
+            self._forget_gone()
+            self._awaited[order.serial] = _Awaited(order.key, num_awaited)
         early, self._early = self._early, []
         return [key for part, buffer in early for key in self.take(part, buffer)]
 
@@ -67,31 +91,61 @@ class KvCourier:
         if part.serial > self._serial:
             self._early.append((part, buffer))
             return []
-        self._num_awaited[part.serial] -= 1
-        is_last = self._num_awaited[part.serial] == 0
-        if is_last:
-            del self._num_awaited[part.serial]
-        table = self._lookup(part.key)
-        if table is None:
+        awaited, table = self._awaited.get(part.serial), self._lookup(part.key)
+        if awaited is None or table is None:
             return []
         self.num_bytes += len(buffer)
         scatter_kv(self._runner, self._covering(table, part), part.start, part.end, buffer)
-        return [part.key] if is_last else []
+        awaited.num_parts -= 1
+        if awaited.num_parts:
+            return []
+        del self._awaited[part.serial]
+        return [part.key]
 
-    def _send(self, order: Order, destination: str, start: int, end: int) -> None:
-        table = self._lookup(order.key)
-        if table is None:
-            raise KeyError(f"no KV of request {order.key.request_id} is here")
-        part = KvPart(
-            serial=order.serial,
-            key=order.key,
-            num_tokens=order.num_tokens,
-            start=start,
-            end=end,
-        )
-        gathered = gather_kv(self._runner, self._covering(table, part), start, end)
+    @property
+    def is_busy(self) -> bool:
+        """True while `pump` has something to send."""
+        return any(self._outgoing.values())
+
+    def pump(self) -> None:
+        """Gather and send for as long as it may take now, and as long as the links take it."""
+        if not self.is_busy:
+            return
+        now = time.perf_counter()
+        ends_at = now + self._pacer.grant(now)
+        for destination, parts in self._outgoing.items():
+            while parts and now < ends_at and not self._peers.is_clogged(destination):
+                self._send(destination, parts.popleft())
+                now = time.perf_counter()
+        self._pacer.used(now)
+
+    def _send(self, destination: str, part: KvPart) -> None:
+        table = self._lookup(part.key)
+        if table is None:  # nobody wants it any more
+            return
+        gathered = gather_kv(self._runner, self._covering(table, part), part.start, part.end)
         self.num_bytes += gathered.nbytes
         self._peers.send_bulk(destination, FrameKind.KV_PART, part, as_buffer(gathered))
+
+    def _parts(self, order: Order, start: int, end: int) -> list[KvPart]:
+        """The parts of a transfer; the same at both ends."""
+        num_blocks = -(-order.num_tokens // self._runner.block_size)
+        return [
+            KvPart(
+                serial=order.serial,
+                key=order.key,
+                num_tokens=order.num_tokens,
+                start=first,
+                end=last,
+            )
+            for first, last in layer_parts(start, end, num_blocks * self._runner.kv_block_bytes)
+        ]
+
+    def _forget_gone(self) -> None:
+        """Await nothing more for requests that are gone: their parts may never come."""
+        gone = [serial for serial, each in self._awaited.items() if not self._lookup(each.key)]
+        for serial in gone:
+            del self._awaited[serial]
 
     def _covering(self, table: Sequence[int], part: KvPart) -> Sequence[int]:
         return table[: -(-part.num_tokens // self._runner.block_size)]

@@ -14,6 +14,15 @@ import torch
 from services.worker.links.base import Buffer
 from services.worker.model.runner import ModelRunner
 
+#: Bytes of a part, about: large for a frame, small for the caches and the allocator.
+_PART_BYTES = 1024 * 1024
+
+
+def layer_parts(start: int, end: int, layer_bytes: int) -> list[tuple[int, int]]:
+    """Cut the layers `[start, end)`, of `layer_bytes` each, into what travels in one frame."""
+    step = max(1, _PART_BYTES // layer_bytes)
+    return [(first, min(first + step, end)) for first in range(start, end, step)]
+
 
 @torch.inference_mode()
 def gather_kv(
@@ -45,7 +54,8 @@ def scatter_kv(
         end - start, len(block_table), *runner.kv_block_shape
     )
     for position, layer in enumerate(range(start, end)):
-        runner.kv_cache(layer).index_copy_(0, index, part[position])
+        # As a matrix: with the rows' own dimensions it takes twice as long.
+        runner.kv_cache(layer).flatten(1).index_copy_(0, index, part[position].flatten(1))
 
 
 def received_tensor(runner: ModelRunner, buffer: Buffer) -> torch.Tensor:  # [num_elements]

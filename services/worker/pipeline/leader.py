@@ -131,13 +131,14 @@ class PipelineLeader:
         if self._departure is not None and not self._is_over:
             self._pump_departure(self._departure)
         self._flush_releases()
+        self._courier.pump()
         self.peers.push_bulk()
 
     @property
     def is_busy(self) -> bool:
         """True while `pump` has something to do whatever arrives."""
         is_loading = self._preparation is not None and self._preparation.is_busy
-        return self.peers.has_backlog or is_loading
+        return self.peers.has_backlog or self._courier.is_busy or is_loading
 
     # --- the next layout -------------------------------------------------------------------------
 

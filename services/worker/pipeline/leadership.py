@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 from services.worker.engine.exchange import Exchange
 from services.worker.engine.scheduler import Scheduler
-from services.worker.pipeline.departure import MAX_EXCHANGES
 from services.worker.pipeline.leader import PipelineLeader
+
+#: Requests whose KV travels at once: enough to keep the links busy between two batches.
+_MAX_EXCHANGES = 16
 
 
 class Leadership:
@@ -39,7 +41,7 @@ class Leadership:
         """Order the KV of parked requests, over the links that reach where it goes."""
         if not self.leaders or not all(leader.is_complete for leader in self.leaders):
             return
-        for exchange in self._scheduler.relocation.start_exchanges(MAX_EXCHANGES):
+        for exchange in self._scheduler.relocation.start_exchanges(_MAX_EXCHANGES):
             if exchange.transfers:
                 self._order(exchange)
 

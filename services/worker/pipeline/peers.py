@@ -93,6 +93,10 @@ class GroupPeers:
         self._bulk[worker_id].append(self._frame(kind, message, (buffer,)))
         self.push_bulk()
 
+    def is_clogged(self, worker_id: str) -> bool:
+        """True while KV for a member waits for room on its link."""
+        return bool(self._bulk[worker_id])
+
     @property
     def has_backlog(self) -> bool:
         """True while KV waits for room on a link."""

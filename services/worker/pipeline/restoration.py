@@ -14,8 +14,11 @@ from enum import Enum, auto
 from services.worker.engine.block_manager import BlockMove
 from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.events import EventSink, Phase, PhaseTimed, Prepared
-from services.worker.pipeline.load_pacer import LoadPacer
+from services.worker.pipeline.work_pacer import WorkPacer
 from shared.layout import Span
+
+#: Share of the time that loading may take while batches run.
+_SHARE = 0.1
 
 
 class RestorationState(Enum):
@@ -45,7 +48,7 @@ class Restoration:
         self._pieces: Iterator[int] = iter(())
         self._num_bytes = 0
         self._began_at = time.perf_counter()
-        self._pacer = LoadPacer(self._began_at)
+        self._pacer = WorkPacer(self._began_at, _SHARE)
 
     def shrunk(self, moves: Sequence[BlockMove]) -> None:
         """Blocks that are left have the lowest numbers, after these moves."""

@@ -127,13 +127,14 @@ class FollowerStage:
             if num_blocks:
                 capacity = Capacity(worker_id=self.peers.worker_id, num_blocks=num_blocks)
                 self.peers.send(self.peers.leader, FrameKind.CAPACITY, capacity)
+        self._courier.pump()
         self.peers.push_bulk()
 
     @property
     def is_busy(self) -> bool:
         """True while `pump` has something to do whatever arrives."""
         is_loading = self._restoration is not None and self._restoration.is_busy
-        return self.peers.has_backlog or is_loading
+        return self.peers.has_backlog or self._courier.is_busy or is_loading
 
     # --- the next layout -------------------------------------------------------------------------
 

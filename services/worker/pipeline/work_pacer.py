@@ -6,8 +6,6 @@ wait load ... wait load ... wait load ...                 most of the time while
 
 from __future__ import annotations
 
-#: Share of the time that loading may take while batches are computed.
-_SHARE = 0.1
 #: Bounds of one go. Where nothing runs, the shortest go is longer than the wait before it.
 _SHORTEST_SECONDS = 0.002
 _LONGEST_SECONDS = 0.02
@@ -15,18 +13,23 @@ _LONGEST_SECONDS = 0.02
 _LEAST_GAP_SECONDS = 0.0005
 
 
-class LoadPacer:
-    """Grants time by the time that passed since the last grant was used up."""
+class WorkPacer:
+    """Grants time by the time that passed since the last grant was used up.
 
-    def __init__(self, now: float) -> None:
+    Args:
+        share: of the time while batches are computed.
+    """
+
+    def __init__(self, now: float, share: float) -> None:
         self._ended_at = now
+        self._share = share
 
     def grant(self, now: float) -> float:
-        """Seconds that may be spent loading now; 0 where it was loaded just before."""
+        """Seconds that may be spent now; 0 where some were spent just before."""
         gap = now - self._ended_at
         if gap < _LEAST_GAP_SECONDS:
             return 0.0
-        return min(max(gap * _SHARE, _SHORTEST_SECONDS), _LONGEST_SECONDS)
+        return min(max(gap * self._share, _SHORTEST_SECONDS), _LONGEST_SECONDS)
 
     def used(self, now: float) -> None:
         """The time granted is over."""
