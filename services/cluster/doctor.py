@@ -16,13 +16,13 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from pydantic import Field
 
+from services.cluster.checks import Check, Finding
+from services.cluster.gpu_checks import check_gpu
 from services.cluster.program import Program
 from services.cluster.table import render_bytes, render_table
 from services.worker.kernels.build import find_compiler
@@ -49,23 +49,6 @@ class DoctorSettings(Settings):
     cache_dir: Path | None = Field(default=None, description="where converted models are kept")
     workers: int = Field(default=2, ge=1, description="workers that shall run here")
     device_memory: ByteSize = Field(default=GIB, ge=1, description="budget of each worker")
-
-
-class Finding(StrEnum):
-    """What a check came to."""
-
-    OK = "ok"
-    WARNING = "warning"
-    FAILED = "FAILED"
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One line of the report."""
-
-    subject: str
-    finding: Finding
-    detail: str
 
 
 def check_python() -> Iterable[Check]:
@@ -198,6 +181,7 @@ def _checks(settings: DoctorSettings) -> list[Callable[[], Iterable[Check]]]:
         check_packages,
         lambda: check_cpu(Path("/proc/cpuinfo").read_text(encoding="utf-8")),
         check_compiler,
+        check_gpu,
         lambda: check_memory(Path("/proc/meminfo").read_text(encoding="utf-8"), wanted_bytes),
         lambda: check_cache(settings.cache_dir or default_cache_dir(os.environ)),
         lambda: check_nats(settings),

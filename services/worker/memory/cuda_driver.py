@@ -1,7 +1,7 @@
 """The CUDA driver's virtual memory management, through `cuda.bindings`. Implements `VmmDriver`.
 
 Everything happens in the device's primary context, the one that torch uses. A context is current
-per thread, so make and use a `CudaDriver` in the engine thread only.
+per thread, so make and use a `CudaDriver` in one thread only.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ class CudaDriver:
         Raises:
             ConfigError: `cuda.bindings` is not installed, or there is no such device or driver.
         """
-        self._driver = _bindings()
+        self.bindings = _bindings()
         self.ordinal = ordinal
         try:
-            self._call(self._driver.cuInit, 0)
-            device = self._call(self._driver.cuDeviceGet, ordinal)
-            context = self._call(self._driver.cuDevicePrimaryCtxRetain, device)
-            self._call(self._driver.cuCtxSetCurrent, context)
+            self.call(self.bindings.cuInit, 0)
+            device = self.call(self.bindings.cuDeviceGet, ordinal)
+            context = self.call(self.bindings.cuDevicePrimaryCtxRetain, device)
+            self.call(self.bindings.cuCtxSetCurrent, context)
             self.is_exportable = self._has_exportable_memory(device)
+            self.name = (
+                self.call(self.bindings.cuDeviceGetName, 256, device).split(b"\0")[0].decode()
+            )
         except (DeviceMemoryError, RuntimeError) as error:  # RuntimeError: there is no driver
             raise ConfigError(f"CUDA device {ordinal} cannot be used: {error}") from error
         self._properties = self._allocation_properties()
@@ -38,10 +41,10 @@ class CudaDriver:
     @property
     def granularity_bytes(self) -> int:
         """Chunks must be multiples of this."""
-        flags = self._driver.CUmemAllocationGranularity_flags
+        flags = self.bindings.CUmemAllocationGranularity_flags
         return int(
-            self._call(
-                self._driver.cuMemGetAllocationGranularity,
+            self.call(
+                self.bindings.cuMemGetAllocationGranularity,
                 self._properties,
                 flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM,
             )
@@ -49,16 +52,16 @@ class CudaDriver:
 
     def create(self, nbytes: int) -> int:
         """Allocate physical memory; returns its handle."""
-        return int(self._call(self._driver.cuMemCreate, nbytes, self._properties, 0))
+        return int(self.call(self.bindings.cuMemCreate, nbytes, self._properties, 0))
 
     def release(self, handle: int) -> None:
         """Free physical memory, once nothing maps it."""
-        self._call(self._driver.cuMemRelease, handle)
+        self.call(self.bindings.cuMemRelease, handle)
 
     def reserve(self, nbytes: int) -> int:
         """Reserve addresses; returns the first."""
         try:
-            return int(self._call(self._driver.cuMemAddressReserve, nbytes, 0, 0, 0))
+            return int(self.call(self.bindings.cuMemAddressReserve, nbytes, 0, 0, 0))
         except DeviceMemoryError as error:
             raise DeviceMemoryError(
                 f"cannot reserve {nbytes} bytes of device addresses: {error}"
@@ -66,92 +69,97 @@ class CudaDriver:
 
     def free(self, address: int, nbytes: int) -> None:
         """Give a whole reservation back; nothing may be mapped there."""
-        self._call(self._driver.cuMemAddressFree, address, nbytes)
+        self.call(self.bindings.cuMemAddressFree, address, nbytes)
 
     def map(self, address: int, nbytes: int, handle: int) -> None:
         """Map a whole handle to reserved addresses; not accessible yet."""
-        self._call(self._driver.cuMemMap, address, nbytes, 0, handle, 0)
+        self.call(self.bindings.cuMemMap, address, nbytes, 0, handle, 0)
 
     def set_access(self, address: int, nbytes: int) -> None:
         """Let the device read and write mapped addresses."""
-        self._call(self._driver.cuMemSetAccess, address, nbytes, [self._access], 1)
+        self.call(self.bindings.cuMemSetAccess, address, nbytes, [self._access], 1)
 
     def unmap(self, address: int, nbytes: int) -> None:
         """Unmap addresses that are mapped without a gap, by whole mappings."""
-        self._call(self._driver.cuMemUnmap, address, nbytes)
+        self.call(self.bindings.cuMemUnmap, address, nbytes)
 
     def synchronize(self) -> None:
         """Wait until the device has done all work of this process."""
-        self._call(self._driver.cuCtxSynchronize)
+        self.call(self.bindings.cuCtxSynchronize)
 
     # --- sharing with another process, and looking at memory -------------------------------------
 
     def export_handle(self, handle: int) -> int:
         """A file descriptor that stands for `handle` in another process; the caller closes it."""
         return int(
-            self._call(self._driver.cuMemExportToShareableHandle, handle, self._fd_type(), 0)
+            self.call(self.bindings.cuMemExportToShareableHandle, handle, self._fd_type(), 0)
         )
 
     def import_handle(self, file: int) -> int:
         """A handle for memory that another process exported; the file may be closed afterwards."""
-        return int(self._call(self._driver.cuMemImportFromShareableHandle, file, self._fd_type()))
+        return int(self.call(self.bindings.cuMemImportFromShareableHandle, file, self._fd_type()))
+
+    def memory_info(self) -> tuple[int, int]:
+        """Free and total bytes of the device."""
+        free_bytes, total_bytes = self.call(self.bindings.cuMemGetInfo)
+        return int(free_bytes), int(total_bytes)
 
     def is_accessible(self, address: int) -> bool:
         """True if the device may touch `address`."""
         try:
-            flags = self._call(self._driver.cuMemGetAccess, self._location(), address)
+            flags = self.call(self.bindings.cuMemGetAccess, self._location(), address)
         except DeviceMemoryError:
             return False
         return int(flags) != 0
 
     def write(self, address: int, data: bytes) -> None:
         """Copy `data` to the device and wait for it."""
-        self._call(self._driver.cuMemcpyHtoD, address, data, len(data))
+        self.call(self.bindings.cuMemcpyHtoD, address, data, len(data))
 
     def read(self, address: int, nbytes: int) -> bytes:
         """Copy from the device and wait for it."""
         buffer = bytearray(nbytes)
-        self._call(self._driver.cuMemcpyDtoH, buffer, address, nbytes)
+        self.call(self.bindings.cuMemcpyDtoH, buffer, address, nbytes)
         return bytes(buffer)
 
     # --- structures ------------------------------------------------------------------------------
 
     def _has_exportable_memory(self, device: Any) -> bool:
-        attribute = self._driver.CUdevice_attribute
+        attribute = self.bindings.CUdevice_attribute
         name = attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
-        return bool(self._call(self._driver.cuDeviceGetAttribute, name, device))
+        return bool(self.call(self.bindings.cuDeviceGetAttribute, name, device))
 
     def _fd_type(self) -> Any:
-        types = self._driver.CUmemAllocationHandleType
+        types = self.bindings.CUmemAllocationHandleType
         return types.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 
     def _location(self) -> Any:
-        location = self._driver.CUmemLocation()
-        location.type = self._driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        location = self.bindings.CUmemLocation()
+        location.type = self.bindings.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         location.id = self.ordinal
         return location
 
     def _allocation_properties(self) -> Any:
         """Memory of the device; the handle type has to be asked for when it is created."""
-        properties = self._driver.CUmemAllocationProp()
-        properties.type = self._driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        properties = self.bindings.CUmemAllocationProp()
+        properties.type = self.bindings.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         properties.location = self._location()
         if self.is_exportable:
             properties.requestedHandleTypes = self._fd_type()
         return properties
 
     def _access_descriptor(self) -> Any:
-        access = self._driver.CUmemAccessDesc()
+        access = self.bindings.CUmemAccessDesc()
         access.location = self._location()
-        access.flags = self._driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        access.flags = self.bindings.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         return access
 
-    def _call(self, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-        """Call the driver; returns what it gives back, if anything."""
+    def call(self, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
+        """Call the driver; returns what it gives back, a list unless that is one thing."""
         code, *results = function(*arguments)
-        if code != self._driver.CUresult.CUDA_SUCCESS:
+        if code != self.bindings.CUresult.CUDA_SUCCESS:
             raise DeviceMemoryError(f"{function.__name__} failed with {code.name}")
-        return results[0] if results else None
+        return results[0] if len(results) == 1 else results
 
 
 def _bindings() -> Any:

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from services.cluster.doctor import Finding, check_cpu, check_memory, judge_nats
+from services.cluster.checks import Finding
+from services.cluster.doctor import check_cpu, check_memory, judge_nats
+from services.cluster.gpu_checks import judge_probes
 from services.cluster.greeting import greeting
 from services.cluster.health import HealthSettings, health_url
 from services.cluster.http import Answer
@@ -170,3 +172,27 @@ def test_the_doctor_reads_vector_units_of_either_family() -> None:
     assert "avx2 fma avx512f" in check.detail
     (check,) = check_cpu("Features: fp asimd\n")
     assert "no wide vectors" in check.detail
+
+
+def probe(subject: str, is_ok: bool) -> dict[str, object]:
+    return {"subject": subject, "is_ok": is_ok, "detail": "as seen"}
+
+
+def test_the_doctor_warns_of_what_a_gpu_cannot_do_and_says_what_is_used() -> None:
+    probes = [probe("GPU software", True), probe("GPU memory mapping", True), probe("NCCL", False)]
+    checks = list(judge_probes(probes))
+    findings = [Finding.OK, Finding.OK, Finding.WARNING, Finding.OK]
+    assert [check.finding for check in checks] == findings
+    assert checks[-1].detail.startswith("the GPU in bfloat16")
+
+
+def test_the_doctor_fails_a_gpu_that_workers_would_use_but_cannot_map() -> None:
+    usable, unmappable = probe("GPU software", True), probe("GPU memory mapping", False)
+    assert [check.finding for check in judge_probes([usable, unmappable])][1] is Finding.FAILED
+
+
+def test_the_doctor_lets_workers_use_the_cpu_beside_a_gpu_that_torch_cannot_use() -> None:
+    probes = [probe("GPU software", False), probe("GPU memory mapping", False)]
+    checks = list(judge_probes(probes))
+    assert Finding.FAILED not in [check.finding for check in checks]
+    assert checks[-1].detail.startswith("the CPU in float32")
