@@ -9,14 +9,34 @@ from __future__ import annotations
 
 import signal
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
-from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
 
 from tests.conftest import eventually
 from tests.integration.clients import Answer, Streams, ask, completion
+from tests.integration.fault_cases import (
+    COMMITTING,
+    DROPPED,
+    EXCHANGING,
+    LEAVING,
+    POINTS,
+    PREPARED,
+    PREPARING,
+    RECOVERY_SECONDS,
+    RESTORED,
+    RESTORING,
+    ROLES,
+    Point,
+    bring_to,
+    cases,
+    is_at_rest,
+    leading_planner,
+    members_of_drop,
+    recover,
+    serves_alone,
+)
 from tests.integration.harness import Cluster
 from tests.integration.layouts import Operator
 from tests.integration.service_process import ServiceProcess
@@ -26,60 +46,10 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 REQUESTS = [completion(number, 500) for number in range(12)]
 #: So many tokens have arrived everywhere when something happens.
 UNDER_WAY = 30
-RECOVERY_SECONDS = 60.0
 SETTINGS = {
     "KUNSERVE_MIN_DWELL_SECONDS": "0",
     "KUNSERVE_LINK_BANDWIDTH": "2MB",  # the exchange takes long enough to be hit
 }
-ROLES = ("leader", "follower")
-
-
-@dataclass(frozen=True)
-class Point:
-    """The moment a member enters `state` while `action` is carried out."""
-
-    name: str
-    action: str
-    state: str
-
-    def __str__(self) -> str:
-        return self.name
-
-
-PREPARING = Point("preparing", "drop", "PREPARING")
-PREPARED = Point("prepared", "drop", "PREPARED")
-COMMITTING = Point("committing", "drop", "COMMITTING")
-EXCHANGING = Point("exchanging", "drop", "SETTLING")
-DROPPED = Point("dropped", "drop", "SETTLED")
-RESTORING = Point("restoring", "restore", "PREPARING")
-RESTORED = Point("restored", "restore", "PREPARED")
-RETURNING = Point("returning", "restore", "COMMITTING")
-LEAVING = Point("leaving", "restore", "SETTLING")
-POINTS = (
-    PREPARING,
-    PREPARED,
-    COMMITTING,
-    EXCHANGING,
-    DROPPED,
-    RESTORING,
-    RESTORED,
-    RETURNING,
-    LEAVING,
-)
-
-
-def cases(points: tuple[Point, ...], quick: set[tuple[Point, str]]) -> list[Any]:
-    """Every role at each of `points`; those that are not `quick` take part in the soak only."""
-    return [
-        pytest.param(
-            point,
-            role,
-            marks=() if (point, role) in quick else pytest.mark.soak,
-            id=f"{role} {point}",
-        )
-        for point in points
-        for role in ROLES
-    ]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -110,50 +80,6 @@ async def cluster(whole_cluster: Cluster, undisturbed: list[Answer]) -> AsyncIte
     yield whole_cluster
     await recover(whole_cluster, operator)
     await operator.check()
-
-
-async def recover(cluster: Cluster, operator: Operator) -> None:
-    """Start what does not run; return when all workers are replicas in the plan."""
-    cluster.void_signals()
-    for process in cluster.processes:
-        if not process.is_running:
-            process.start()
-    names = sorted(worker.name for worker in cluster.workers)
-
-    async def is_whole() -> bool:
-        view = await cluster.cluster()
-        groups = view["groups"] if view is not None else []
-        members = [[member["worker"] for member in group["members"]] for group in groups]
-        if view is not None and view["state"] == "dropped":
-            await operator.ask("restore")
-        return sorted(members) == [[name] for name in names]
-
-    await eventually(is_whole, RECOVERY_SECONDS)
-    await cluster.wait_ready()
-
-
-async def members_of_drop(cluster: Cluster) -> dict[str, ServiceProcess]:
-    """Who will lead, and who will follow, if layers are dropped now."""
-    plan = await Operator(cluster).order("drop", dry_run=True)
-    (group,) = plan["groups"]
-    processes = {worker.name: worker for worker in cluster.workers}
-    return dict(
-        zip(ROLES, (processes[member["worker"]] for member in group["members"]), strict=True)
-    )
-
-
-async def bring_to(cluster: Cluster, point: Point) -> None:
-    """Carry out what comes before the point's action."""
-    if point.action == "restore":
-        await Operator(cluster).order("drop")
-        await eventually(lambda: is_at_rest(cluster, "dropped"), RECOVERY_SECONDS)
-
-
-async def serves_alone(cluster: Cluster, worker: ServiceProcess) -> bool:
-    """Whether the plan has a worker as a replica."""
-    view = await cluster.cluster()
-    groups = view["groups"] if view is not None else []
-    return [worker.name] in [[m["worker"] for m in group["members"]] for group in groups]
 
 
 @pytest.mark.parametrize(
@@ -222,14 +148,13 @@ async def test_the_leading_planner_is_killed_and_its_successor_goes_on(
     async with Streams([cluster.url], REQUESTS) as streams:
         await streams.wait_tokens(UNDER_WAY)
         await bring_to(cluster, point)
-        planner = await leading_planner(cluster)
+        planner, breaks = await leading_planner(cluster), num_breaks(cluster)
         cluster.signal_at(members[role], point.state, planner.pid, signal.SIGKILL)
         await Operator(cluster).ask(point.action)  # it may die before it answers
         assert await planner.wait() == -signal.SIGKILL
         assert await streams.answers() == undisturbed
         await eventually(lambda: is_at_rest(cluster), RECOVERY_SECONDS)
-    for worker in members.values():
-        assert "group broken" not in worker.log
+    assert num_breaks(cluster) == breaks
 
 
 @pytest.mark.parametrize(
@@ -258,23 +183,70 @@ async def test_nats_is_killed_and_comes_back(
         await eventually(lambda: is_at_rest(cluster), RECOVERY_SECONDS)
 
 
-async def is_at_rest(cluster: Cluster, *states: str) -> bool:
-    """Whether nothing is under way, and every worker is in a group."""
-    view = await cluster.cluster()
-    if view is None or view["state"] not in (states or ("stable", "dropped")):
-        return False
-    placed = {member["worker"] for group in view["groups"] for member in group["members"]}
-    return placed == {worker.name for worker in cluster.workers}
+@pytest.mark.parametrize("role", ROLES)
+async def test_a_member_that_is_told_to_end_leaves_when_nobody_needs_it(
+    cluster: Cluster, undisturbed: list[Answer], role: str
+) -> None:
+    members = await members_of_drop(cluster)
+    leaving = members[role]
+    async with Streams([cluster.url], REQUESTS) as streams:
+        await streams.wait_tokens(UNDER_WAY)
+        await bring_to(cluster, RESTORING)
+        moves, breaks = await num_replays(cluster), num_breaks(cluster)
+        leaving.terminate()
+        assert await streams.answers() == undisturbed
+        assert await leaving.wait(RECOVERY_SECONDS) == 0
+    assert await num_replays(cluster) == moves
+    assert num_breaks(cluster) == breaks
 
 
-async def leading_planner(cluster: Cluster) -> ServiceProcess:
-    """The planner that leads; waits until one does."""
-    found: list[ServiceProcess] = []
+async def test_a_member_that_is_drained_leaves_the_layout(
+    cluster: Cluster, undisturbed: list[Answer]
+) -> None:
+    """Until its group is restored the pipeline goes on, with new requests as well."""
+    members = await members_of_drop(cluster)
+    async with Streams([cluster.url], REQUESTS) as streams:
+        await streams.wait_tokens(UNDER_WAY)
+        await bring_to(cluster, RESTORING)
+        moves = await num_replays(cluster)
+        await drain(cluster, members["follower"])
+        assert await ask(cluster.url, REQUESTS) == undisturbed
+        assert await streams.answers() == undisturbed
+    assert await num_replays(cluster) == moves
+    await eventually(lambda: serves_alone(cluster, members["leader"]), RECOVERY_SECONDS)
+    assert not await serves_alone(cluster, members["follower"])
+    members["follower"].terminate()
+    assert await members["follower"].wait() == 0
 
-    async def one_leads() -> bool:
-        states = [(planner, await cluster.state(planner)) for planner in cluster.planners]
-        found[:] = [planner for planner, state in states if state and state["role"] == "leading"]
-        return len(found) == 1
 
-    await eventually(one_leads)
-    return found[0]
+async def test_all_members_that_are_told_to_end_finish_what_they_run(
+    cluster: Cluster, undisturbed: list[Answer]
+) -> None:
+    members = await members_of_drop(cluster)
+    async with Streams([cluster.url], REQUESTS) as streams:
+        await streams.wait_tokens(UNDER_WAY)
+        await bring_to(cluster, RESTORING)
+        moves = await num_replays(cluster)
+        for worker in members.values():
+            worker.terminate()
+        assert await streams.answers() == undisturbed
+    assert await num_replays(cluster) == moves
+    assert [await worker.wait() for worker in members.values()] == [0, 0]
+
+
+async def drain(cluster: Cluster, worker: ServiceProcess) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{cluster.url}/admin/drain", json={"worker": worker.name}) as response,
+    ):
+        assert response.status == 200, await response.text()
+
+
+def num_breaks(cluster: Cluster) -> int:
+    """Groups that broke so far, by each member that noticed."""
+    return sum(worker.log.count("group broken") for worker in cluster.workers)
+
+
+async def num_replays(cluster: Cluster) -> float:
+    """Requests that lost their worker or their KV so far."""
+    return await cluster.metric(cluster.routers[0], "kunserve_router_migrations_total")
