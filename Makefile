@@ -14,10 +14,10 @@ KEY := $(shell { cat pyproject.toml constraints.txt Makefile; pwd; } | cksum | c
 SERVE_STAMP := $(VENV)/.serve-$(KEY)
 DEV_STAMP := $(VENV)/.dev-$(KEY)
 
-.PHONY: help serve test soak lint bench clean
+.PHONY: help serve test soak lint bench bench-gpu clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 serve: $(SERVE_STAMP) ## run a local cluster: PORT=8000 WORKERS=2 MODEL=builtin:smollm2 ARGS='...'
 	@exec $(BIN)/kunserve up \
@@ -40,6 +40,9 @@ lint: $(DEV_STAMP) ## check style, types and import rules
 
 bench: $(DEV_STAMP) ## measure serving speed: ARGS='--help' lists the options
 	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+bench-gpu: $(SERVE_STAMP) ## measure the model on one GPU: ARGS='--shape qwen2.5-14b'
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean: ## remove the environment and what the tools left
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

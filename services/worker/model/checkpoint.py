@@ -47,6 +47,23 @@ class _SafetensorsFile(Protocol):
     def get_tensor(self, name: str) -> torch.Tensor: ...
 
 
+class WeightSource(Protocol):
+    """Where a stage takes the tensors of a model from; a `Checkpoint` is one."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model that the tensors belong to."""
+        ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor with this full name, on any device and of any float type."""
+        ...
+
+    def release(self) -> None:
+        """No more tensors are wanted for now."""
+        ...
+
+
 class CheckpointError(ConfigError):
     """A checkpoint is incomplete, damaged or of another shape; names the tensor and the file."""
 
@@ -83,7 +100,7 @@ class Checkpoint:
         Raises `CheckpointError` for the weights and `ConfigError` for the config.
         """
         config = ModelConfig.from_directory(path)
-        expected = dict(_expected_shapes(config))
+        expected = dict(tensor_shapes(config))
         index: dict[str, StoredTensor] = {}
         for file in _weight_files(path):
             index.update(_read_header(file, _open_file(file), expected))
@@ -184,7 +201,8 @@ def _check_shapes(
             )
 
 
-def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Full name and shape of every tensor of a model."""
     matrix = (config.vocab_size, config.hidden_size)
     yield EMBEDDING, matrix
     for layer in range(config.num_layers):

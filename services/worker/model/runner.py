@@ -23,7 +23,7 @@ from services.worker.memory.factory import make_memory
 from services.worker.memory.pool import MemoryPool
 from services.worker.memory.sizing import chunks_for, most_blocks
 from services.worker.model.batch import ForwardBatch, SequenceSlice, make_batch
-from services.worker.model.checkpoint import Checkpoint
+from services.worker.model.checkpoint import Checkpoint, WeightSource
 from services.worker.model.device_sampler import sample_on_device
 from services.worker.model.layers.factory import make_decoder_layers
 from services.worker.model.plan import ArenaPlan, ModelPlan
@@ -93,9 +93,18 @@ class ModelRunner:
         Raises:
             ConfigError: the checkpoint or the budget cannot work; one sentence.
         """
+        return cls.load_from(Checkpoint.open(runner_config.model_dir), runner_config, kernels)
+
+    @classmethod
+    def load_from(
+        cls,
+        weights: WeightSource,
+        runner_config: RunnerConfig,
+        kernels: CpuKernels | TorchKernels,
+    ) -> ModelRunner:
+        """The same from weights that need not be a checkpoint on disk."""
         log = structlog.get_logger(component="model")
-        checkpoint = Checkpoint.open(runner_config.model_dir)
-        config = checkpoint.config
+        config = weights.config
         layers = make_decoder_layers(config, kernels, runner_config.max_num_batched_tokens)
         plan = ModelPlan(config, layers, kernels)
         span = Span(start=0, end=config.num_layers)
@@ -105,7 +114,7 @@ class ModelRunner:
         pool = MemoryPool(
             make_memory(kernels.device, runner_config.memory_bytes, runner_config.chunk_bytes)
         )
-        stage = Stage(plan, span, checkpoint, pool, kernels)
+        stage = Stage(plan, span, weights, pool, kernels)
         num_bytes = sum(stage.load(span))
         pool.grow_kv_evenly(range(span.start, span.end))
         runner = cls(plan, stage, pool, kernels, runner_config.max_model_len)

@@ -19,7 +19,7 @@ from services.worker.kernels.base import Kernels
 from services.worker.memory.pool import MemoryPool
 from services.worker.memory.tensors import tensor_at
 from services.worker.model.batch import ForwardBatch
-from services.worker.model.checkpoint import EMBEDDING, FINAL_NORM, Checkpoint
+from services.worker.model.checkpoint import EMBEDDING, FINAL_NORM, WeightSource
 from services.worker.model.layers.base import DecoderLayer
 from services.worker.model.plan import ArenaPlan, ModelPlan
 from services.worker.model.rotary import RotaryTable
@@ -33,7 +33,7 @@ class Stage:
         self,
         plan: ModelPlan,
         span: Span,
-        checkpoint: Checkpoint,
+        weights: WeightSource,
         pool: MemoryPool,
         kernels: Kernels,
     ) -> None:
@@ -45,7 +45,7 @@ class Stage:
         self.span = span
         self._plan = plan
         self._config = plan.config
-        self._checkpoint = checkpoint
+        self._weights = weights
         self._pool = pool
         self._kernels = kernels
         self._rotary = RotaryTable(plan.config, kernels.device)
@@ -77,7 +77,7 @@ class Stage:
                 if arena.name not in self._resident:
                     yield from self._load_arena(arena)
         finally:
-            self._checkpoint.release()
+            self._weights.release()
 
     def drop(self, span: Span) -> None:
         """Give up every arena that running `span` alone does not need; KV stays as it is."""
@@ -97,7 +97,7 @@ class Stage:
             self._addresses[arena.name] = mapped.address
         address = self._addresses[arena.name]
         yield from arena.layout.fill(
-            address, lambda source: self._checkpoint.tensor(arena.prefix + source)
+            address, lambda source: self._weights.tensor(arena.prefix + source)
         )
         if arena.layer is not None:
             self._layers[arena.layer] = self._plan.layers.make(
