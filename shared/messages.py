@@ -232,7 +232,7 @@ class WorkerState(StrEnum):
 
 
 class ModelCosts(WireModel):
-    """What the layers of the model cost on one worker; seconds are of one decode step.
+    """What the layers of the model cost on one worker; seconds are of a typical batch.
 
     A whole replica may weigh less than the sum of its parts: with tied weights the LM head is the
     embedding, and only a pipeline holds it twice.

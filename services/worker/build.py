@@ -77,6 +77,8 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
         kernels,
     )
     runner.profile = _profile(settings, cache_dir, model_dir, runner, kernels)
+    if runner.profile is not None:
+        runner.meter.layer = runner.profile.layer
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_batched_tokens=settings.max_num_batched_tokens,

@@ -30,6 +30,7 @@ from services.worker.facts import model_facts
 from services.worker.identity import ModelFacts
 from services.worker.inspection import EngineInspection
 from services.worker.links.base import DownReason, Link, LinkFrame
+from services.worker.meter import MeterReading
 from services.worker.pipeline.events import GroupEvent
 from services.worker.pipeline.member import GroupMember
 from services.worker.pipeline.peers import GroupPeers
@@ -127,6 +128,7 @@ class EngineReport:
         items: new tokens and ends of requests; may be empty.
         load: the engine's load after the round.
         num_added: how many `Add` commands that load includes, counted from the start.
+        reading: where the thread's time went.
         events: what happened to the worker's group; older than the items.
         facts: what the worker holds, where that has changed.
     """
@@ -134,6 +136,7 @@ class EngineReport:
     items: tuple[TokenItem, ...]
     load: SchedulerLoad
     num_added: int
+    reading: MeterReading
     events: tuple[GroupEvent, ...] = ()
     facts: ModelFacts | None = None
 
@@ -157,6 +160,7 @@ class EngineThread:
         self._loop = loop
         self._on_report = on_report
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._woke_at = time.monotonic()
         self._ready: Future[ModelFacts] = Future()
         self._finished: Future[None] = Future()
         self._log = structlog.get_logger(component="engine")
@@ -212,9 +216,9 @@ class EngineThread:
     def _run(self, engine: BuiltEngine) -> None:
         core, member, num_added = engine.core, engine.member, 0
         holdings = engine.runner.holdings
-        self._report(EngineReport((), core.load(), num_added))
+        self._report(EngineReport((), core.load(), num_added, engine.runner.meter.read()))
         while True:
-            commands = self._take_commands(_wait_seconds(engine))
+            commands = self._wait_for_commands(engine)
             if any(isinstance(command, Stop) for command in commands):
                 return
             num_added += sum(isinstance(command, Add) for command in commands)
@@ -227,8 +231,19 @@ class EngineThread:
             before, holdings = holdings, engine.runner.holdings
             facts = model_facts(engine.runner) if holdings != before else None
             if commands or items or events or facts:
-                report = EngineReport(tuple(items), core.load(), num_added, events, facts)
-                self._report(report)
+                reading, load = engine.runner.meter.read(), core.load()
+                self._report(EngineReport(tuple(items), load, num_added, reading, events, facts))
+            if member.is_grouped:
+                engine.runner.meter.worked(time.monotonic() - self._woke_at)
+
+    def _wait_for_commands(self, engine: BuiltEngine) -> list[Command]:
+        began_at = time.monotonic()
+        commands = self._take_commands(_wait_seconds(engine))
+        self._woke_at = time.monotonic()
+        if engine.member.is_grouped:
+            waited_seconds = self._woke_at - began_at
+            engine.runner.meter.waited(waited_seconds, leads_work=engine.core.has_work)
+        return commands
 
     def _take_commands(self, wait_seconds: float) -> list[Command]:
         commands: list[Command] = []

@@ -7,8 +7,10 @@ from services.worker.identity import ModelFacts
 from services.worker.model.runner import ModelRunner
 from shared.messages import ModelCosts
 
-#: The batch whose time is told: it stands for what pipelines mostly compute.
-_TYPICAL_DECODE, _TYPICAL_ROWS = ChunkShape(256, 1), 16
+#: The batch whose time is told. It stands for what pipelines compute during a burst: requests of
+#: BurstGPT have 642 tokens of prompt and 262 of output on average, and only these need the head.
+_TYPICAL_ROWS = 16
+_TYPICAL_BATCH = (*(ChunkShape(256, 1),) * _TYPICAL_ROWS, ChunkShape(0, 40))
 
 
 def model_facts(runner: ModelRunner) -> ModelFacts:
@@ -46,7 +48,7 @@ def _model_costs(runner: ModelRunner) -> ModelCosts:
     if profile is None:
         return costs
     seconds = {
-        "layer_seconds": profile.layer.batch_cost((_TYPICAL_DECODE,) * _TYPICAL_ROWS),
+        "layer_seconds": profile.layer.batch_cost(_TYPICAL_BATCH),
         "embedding_seconds": profile.embedding.seconds(_TYPICAL_ROWS),
         "head_seconds": profile.head.seconds(_TYPICAL_ROWS),
     }

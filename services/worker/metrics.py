@@ -12,8 +12,10 @@ from prometheus_client import Counter, Summary
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.worker.engine.cost_model import PredictionError
 from services.worker.engine.outputs import SchedulerLoad
 from services.worker.engine_thread import EngineReport
+from services.worker.meter import MeterReading, PredictionWindow
 from services.worker.pipeline.events import PhaseTimed
 from shared.metrics import new_registry
 
@@ -24,6 +26,8 @@ class WorkerMetrics(Collector):
     def __init__(self, *others: Collector) -> None:
         self.registry = new_registry()
         self._load: SchedulerLoad | None = None
+        self._reading = MeterReading()
+        self._predictions = PredictionWindow()
         self._generated = Counter(
             "kunserve_worker_tokens", "tokens generated", registry=self.registry
         )
@@ -50,7 +54,8 @@ class WorkerMetrics(Collector):
 
     def observe(self, report: EngineReport) -> None:
         """Count what one round of the engine brought."""
-        self._load = report.load
+        self._load, self._reading = report.load, report.reading
+        self._predictions.add(report.reading.timings)
         for item in report.items:
             self._generated.inc(len(item.token_ids))
             if item.finish_reason is not None:
@@ -77,8 +82,35 @@ class WorkerMetrics(Collector):
             ("kunserve_waiting_blocks", "KV blocks that the queue needs", load.waiting_blocks),
         ):
             yield GaugeMetricFamily(name, text, value=float(value))
+        yield from self._cost_model()
         for name, text, value in (
             ("vllm:num_preemptions", "requests that gave their KV away", load.num_preemptions),
             ("kunserve_engine_steps", "batches computed", load.engine_steps),
+            (
+                "kunserve_stage_busy_seconds",
+                "time as a stage of pipelines in which the engine worked",
+                self._reading.busy_seconds,
+            ),
+            (
+                "kunserve_stage_bubble_seconds",
+                "time as a stage in which it waited though the leader had requests",
+                self._reading.bubble_seconds,
+            ),
         ):
             yield CounterMetricFamily(name, text, value=float(value))
+
+    @property
+    def prediction_error(self) -> PredictionError | None:
+        """How far the cost model was off over the last batches; None before the first."""
+        return self._predictions.error()
+
+    def _cost_model(self) -> Iterator[Metric]:
+        error = self.prediction_error
+        if error is None:
+            return
+        for name, text, value in (
+            ("mean_error", "mean relative error over the last batches", error.mean),
+            ("p90_error", "90th percentile of the relative error", error.p90),
+            ("scale", "measured over predicted time", self._predictions.scale),
+        ):
+            yield GaugeMetricFamily(f"kunserve_cost_model_{name}", text, value=value)

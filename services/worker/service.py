@@ -284,6 +284,9 @@ class WorkerService:
                     await self._news.wait()
         except TimeoutError:
             self._log.warning("drain timed out", reason=self._why_stay())
+        if (error := self._metrics.prediction_error) is not None:
+            mean, p90 = round(error.mean, 3), round(error.p90, 3)
+            self._log.info("cost model while serving", mean_error=mean, p90_error=p90)
         await self._lease.release()
 
     def _why_stay(self) -> str:

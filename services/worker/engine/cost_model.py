@@ -69,6 +69,12 @@ class PredictionError(NamedTuple):
     p90: float
 
 
+def relative_errors(pairs: Sequence[tuple[float, float]]) -> PredictionError:
+    """Of (predicted, measured) seconds, one pair or more."""
+    errors = [abs(predicted - measured) / measured for predicted, measured in pairs]
+    return PredictionError(float(np.mean(errors)), float(np.quantile(errors, 0.90)))
+
+
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """Predicts the seconds that a layer takes for a batch.
@@ -138,8 +144,7 @@ class CostModel:
 
     def prediction_error(self, samples: Sequence[CostSample]) -> PredictionError:
         """Relative error over `samples`, best over ones that the fit has not seen."""
-        errors = [abs(self.batch_cost(s.chunks) - s.seconds) / s.seconds for s in samples]
-        return PredictionError(float(np.mean(errors)), float(np.quantile(errors, 0.90)))
+        return relative_errors([(self.batch_cost(s.chunks), s.seconds) for s in samples])
 
 
 #: Every token costs the same: what chunking by token count believes.

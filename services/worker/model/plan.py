@@ -10,10 +10,10 @@ is no head's arena, and the last span needs the embedding's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from services.worker.kernels.base import Kernels
-from services.worker.memory.sizing import check_budget
+from services.worker.memory.sizing import check_budget, chunks_for
 from services.worker.model.arena import ArenaLayout, PartSpec
 from services.worker.model.checkpoint import EMBEDDING, FINAL_NORM, LM_HEAD
 from services.worker.model.config import ModelConfig
@@ -34,6 +34,15 @@ class ArenaPlan:
     layout: ArenaLayout
     prefix: str  # what stands before the layout's sources in the checkpoint
     layer: int | None = None
+
+
+class PartBytes(NamedTuple):
+    """Memory of one decoder layer, of the ends, and of a whole model, which may share its ends."""
+
+    layer: int
+    embedding: int
+    head: int
+    whole: int
 
 
 class ModelPlan:
@@ -96,6 +105,17 @@ class ModelPlan:
             [self.kv_block_bytes] * len(span),
             -(-min(_MIN_KV_TOKENS, longest) // self.block_size),
             chunk_bytes,
+        )
+
+    def part_bytes(self, chunk_bytes: int) -> PartBytes:
+        """What the parts take in whole chunks of `chunk_bytes`."""
+
+        def mapped(*arenas: ArenaPlan) -> int:
+            return chunk_bytes * sum(chunks_for(a.layout.nbytes, chunk_bytes) for a in arenas)
+
+        whole = self.arenas(Span(start=0, end=self.config.num_layers))
+        return PartBytes(
+            mapped(whole[0]), mapped(self.embedding), mapped(self.head), mapped(*whole)
         )
 
     @property

@@ -6,10 +6,10 @@ anything is loaded; load the weights; give all that is left to the KV cache.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import structlog
 import torch
@@ -21,12 +21,13 @@ from services.worker.kernels.cpu import CpuKernels
 from services.worker.kernels.torch_kernels import TorchKernels
 from services.worker.memory.factory import make_memory
 from services.worker.memory.pool import MemoryPool
-from services.worker.memory.sizing import chunks_for, most_blocks
+from services.worker.memory.sizing import most_blocks
+from services.worker.meter import EngineMeter
 from services.worker.model.batch import ForwardBatch, SequenceSlice, make_batch
 from services.worker.model.checkpoint import Checkpoint, WeightSource
 from services.worker.model.device_sampler import sample_on_device
 from services.worker.model.layers.factory import make_decoder_layers
-from services.worker.model.plan import ArenaPlan, ModelPlan
+from services.worker.model.plan import ModelPlan, PartBytes
 from services.worker.model.sampler import SampledToken, SamplingRow, sample
 from services.worker.model.stage import Stage
 from shared.layout import Span
@@ -47,15 +48,6 @@ class RunnerConfig:
     chunk_bytes: int
     max_num_batched_tokens: int
     max_model_len: int | None
-
-
-class PartBytes(NamedTuple):
-    """Memory of one decoder layer, of the ends, and of a whole model, which may share its ends."""
-
-    layer: int
-    embedding: int
-    head: int
-    whole: int
 
 
 class ModelRunner:
@@ -83,6 +75,7 @@ class ModelRunner:
         limit = min(max_model_len or self.config.max_model_len, self.config.max_model_len)
         #: Prompt plus output tokens of the longest request; stays when the KV cache grows.
         self.max_model_len = min(limit, self.num_blocks * self.block_size)
+        self.meter = EngineMeter()
         #: What batches cost here, once it is measured.
         self.profile: ModelProfile | None = None
 
@@ -180,18 +173,7 @@ class ModelRunner:
     @property
     def part_bytes(self) -> PartBytes:
         """What the parts of the model take of the budget, in whole chunks."""
-
-        def mapped(*arenas: ArenaPlan) -> int:
-            chunk_bytes = self.pool.chunk_bytes
-            return chunk_bytes * sum(chunks_for(a.layout.nbytes, chunk_bytes) for a in arenas)
-
-        plan, whole = self._plan, Span(start=0, end=self.config.num_layers)
-        return PartBytes(
-            layer=mapped(plan.arenas(whole)[0]),
-            embedding=mapped(plan.embedding),
-            head=mapped(plan.head),
-            whole=mapped(*plan.arenas(whole)),
-        )
+        return self._plan.part_bytes(self.pool.chunk_bytes)
 
     # --- computing -------------------------------------------------------------------------------
 
@@ -232,7 +214,10 @@ class ModelRunner:
         span: Span,
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
         """Run the layers of `span`, which must be served here; writes the batch's KV."""
+        began_at = time.perf_counter()
         self._stage.forward(hidden, batch, span)
+        if self.device.type == "cpu":  # another device goes on by itself
+            self.meter.computed(batch.chunks, len(span), time.perf_counter() - began_at)
         return hidden
 
     @torch.inference_mode()

@@ -167,6 +167,11 @@ class GroupMember:
         if self._proposal is not None:
             self._events.append(PrepareFailed(self._proposal.regrouping.epoch, reason))
 
+    @property
+    def is_grouped(self) -> bool:
+        """True while it serves in a pipeline."""
+        return self._serving is not None
+
     # --- the layout before -----------------------------------------------------------------------
 
     @property

@@ -64,9 +64,11 @@ class Microbatch(Message):
         keys: whose tokens `[start, start + length)` are computed.
         token_ids: all of them, packed.
         rows: for each request that wants a token, in order.
+        follows: the leader has had requests ever since the batch before.
     """
 
     step: int
+    follows: bool
     keys: tuple[KvKey, ...]
     starts: tuple[int, ...]
     lengths: tuple[int, ...]

@@ -10,11 +10,16 @@ from shared.messages import pack_token_ids, unpack_token_ids
 
 
 def microbatch(
-    output: SchedulerOutput, slices: list[SequenceSlice], rows: list[SamplingRow]
+    output: SchedulerOutput,
+    slices: list[SequenceSlice],
+    rows: list[SamplingRow],
+    *,
+    follows: bool,
 ) -> Microbatch:
     """The message that goes with the hidden states of a batch."""
     return Microbatch(
         step=output.step,
+        follows=follows,
         keys=tuple(item.request.kv_key for item in output.scheduled),
         starts=tuple(item.start for item in slices),
         lengths=tuple(len(item.token_ids) for item in slices),

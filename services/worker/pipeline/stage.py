@@ -209,6 +209,7 @@ class FollowerStage:
 
     def _run(self, message: Microbatch, buffer: Buffer) -> None:
         """Compute a microbatch and pass it on, or answer with its tokens."""
+        self._runner.meter.batch_arrived(follows=message.follows)
         try:
             self._compute(message, buffer)
         except Exception as error:  # whatever it is, it must not take the other requests along
