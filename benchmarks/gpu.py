@@ -23,7 +23,7 @@ from benchmarks.gpu_measure import (
     measure_drop,
     measure_prefill,
 )
-from benchmarks.gpu_model import SHAPES, model_config, random_model
+from benchmarks.gpu_model import SHAPES, random_model
 from benchmarks.machine import inspect_machine, versions
 from benchmarks.report import Report, Table, milliseconds
 from services.worker.device import default_chunk_bytes, select_device
@@ -107,10 +107,9 @@ def run(arguments: argparse.Namespace) -> None:
     )
     torch.cuda.empty_cache()
     memory_bytes = int(arguments.memory_share * torch.cuda.mem_get_info(device)[0])
-    max_model_len = model_config(arguments.shape).max_model_len
     runner = random_model(
         arguments.shape,
-        TorchKernels(device, torch.bfloat16, TritonOps(max_model_len)),
+        TorchKernels(device, torch.bfloat16, TritonOps()),
         memory_bytes,
         default_chunk_bytes(device, memory_bytes),
         NUM_PROMPTS * PROMPT_LENGTH,

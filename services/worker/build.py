@@ -25,7 +25,6 @@ from services.worker.facts import model_facts
 from services.worker.identity import ModelFacts
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.kernels.torch_kernels import TorchKernels
-from services.worker.model.config import ModelConfig
 from services.worker.model.profiler import profile_model
 from services.worker.model.runner import ModelRunner, RunnerConfig
 from services.worker.pipeline.member import GroupMember
@@ -61,8 +60,7 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
     )
     # What torch still computes (sampling) is small; its own threads would fight with the kernels'.
     torch.set_num_threads(1)
-    max_model_len = settings.max_model_len or ModelConfig.from_directory(model_dir).max_model_len
-    kernels = make_kernels(settings, cache_dir, max_model_len)
+    kernels = make_kernels(settings, cache_dir)
     chunk_bytes = settings.chunk_bytes or default_chunk_bytes(
         kernels.device, settings.device_memory
     )

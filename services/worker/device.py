@@ -62,13 +62,8 @@ def default_chunk_bytes(device: torch.device, budget_bytes: int) -> int:
     return _CUDA_CHUNK_BYTES * -(-budget_bytes // (_MAX_CUDA_CHUNKS * _CUDA_CHUNK_BYTES))
 
 
-def make_kernels(
-    settings: WorkerSettings, cache_dir: Path, max_model_len: int
-) -> CpuKernels | TorchKernels:
+def make_kernels(settings: WorkerSettings, cache_dir: Path) -> CpuKernels | TorchKernels:
     """The kernels of the device that the settings ask for.
-
-    Args:
-        max_model_len: tokens of the longest request.
 
     Raises:
         ConfigError: there is no such device, or it does not serve that type.
@@ -84,4 +79,4 @@ def make_kernels(
         raise ConfigError("CUDA needs the package triton, which comes with torch") from error
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    return TorchKernels(device, dtype, TritonOps(max_model_len))
+    return TorchKernels(device, dtype, TritonOps())

@@ -46,7 +46,7 @@ def open_gpu_runner(
 ) -> Iterator[ModelRunner]:
     from services.worker.kernels.cuda.ops import TritonOps
 
-    kernels = TorchKernels(DEVICE, dtype, TritonOps(256))
+    kernels = TorchKernels(DEVICE, dtype, TritonOps())
     config = RunnerConfig(
         tiny_models.directory(name), BUDGET_BYTES, CHUNK_BYTES, MAX_NUM_TOKENS, None
     )

@@ -16,7 +16,6 @@ from tests.triton_device import DEVICE, DTYPES
 from services.worker.kernels.cuda.ops import TritonOps  # isort: skip  (after triton_device)
 
 BLOCK_SIZE = 16
-MAX_MODEL_LEN = 1024  # splits of 256 keys
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 #: (tokens before the batch, tokens of the batch) of each sequence
@@ -85,8 +84,18 @@ def test_attention_is_that_of_torch(
     query = qkv[:, :heads]  # tokens lie further apart than their heads take
     actual = torch.full(query.shape, torch.nan, device=DEVICE, dtype=dtype)
     expected = torch.empty_like(actual)
-    for ops, out in ((TritonOps(MAX_MODEL_LEN), actual), (TorchOps(), expected)):
+    for ops, out in ((TritonOps(), actual), (TorchOps(), expected)):
         ops.attention(query, pages.kv_cache, pages.batch, head_dim**-0.5, window, out)
+    assert_close(actual, expected)
+
+
+def test_a_long_sequence_is_divided_more_coarsely() -> None:
+    """Past 32 splits of 256 keys they grow, for that sequence alone."""
+    pages = Pages.make([(8200, 1), (300, 1)], 1, 16, torch.float32)
+    query = random(2, 2, 16, dtype=torch.float32)
+    actual, expected = torch.empty_like(query), torch.empty_like(query)
+    for ops, out in ((TritonOps(), actual), (TorchOps(), expected)):
+        ops.attention(query, pages.kv_cache, pages.batch, 0.25, 0, out)
     assert_close(actual, expected)
 
 
@@ -94,7 +103,7 @@ def test_a_single_token_has_the_same_bits_alone_and_in_any_batch() -> None:
     pages = Pages.make(MIXED, 2, 32, torch.float32)
     query = random(len(pages.batch.token_ids), 4, 32, dtype=torch.float32)
     together, alone = torch.empty_like(query), torch.empty_like(query[:1])
-    ops = TritonOps(MAX_MODEL_LEN)
+    ops = TritonOps()
     ops.attention(query, pages.kv_cache, pages.batch, 0.2, 0, together)
     table = pages.batch.block_table[2].tolist()
     batch = make_batch([SequenceSlice([1], 300, table, True)], BLOCK_SIZE).to(DEVICE)
@@ -116,7 +125,7 @@ def test_rope_and_store_is_that_of_torch(dtype: torch.dtype, has_norms: bool) ->
     norms = HeadNorms(query_norm, key_norm, 1e-5) if has_norms else None
     qkv = random(num_tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     results = []
-    for ops in (TritonOps(MAX_MODEL_LEN), TorchOps()):
+    for ops in (TritonOps(), TorchOps()):
         own_qkv, own_cache = qkv.clone(), pages.kv_cache.clone()
         ops.rope_and_store(own_qkv, rotated, norms, own_cache)
         results.append((own_qkv[:, : heads * head_dim], own_cache))
@@ -129,7 +138,7 @@ def test_norm_and_activation_are_those_of_torch(dtype: torch.dtype) -> None:
     x, weight = random(5, 96, dtype=dtype), random(96, dtype=dtype)
     gate_up = random(3, 2 * 1100, dtype=dtype)
     results = []
-    for ops in (TritonOps(MAX_MODEL_LEN), TorchOps()):
+    for ops in (TritonOps(), TorchOps()):
         normed, activated = torch.empty_like(x), gate_up.new_empty(3, 1100)
         ops.rms_norm(x, weight, 1e-5, normed)
         ops.silu_mul(gate_up, activated)

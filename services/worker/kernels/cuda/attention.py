@@ -6,8 +6,8 @@
 A program holds a tile of queries: BLOCK_Q tokens times the query heads of one KV head, so that a
 single token too fills a tensor core's rows. It goes through the keys in tiles, finds each key's
 block in the block table and keeps a running softmax. A single token has no queries to divide the
-work by, so its keys are divided instead, at multiples of SPLIT_KEYS, and merged in their order:
-where a row is divided depends on nothing but its length, so its bits do not depend on the batch.
+work by, so its keys are divided instead, into at most MAX_SPLITS splits, and merged in their order:
+how a row is divided depends on nothing but its length, so its bits do not depend on the batch.
 
 A batch of both is two launches; each leaves out what belongs to the other. Only what was stored is
 read (keys past a sequence's end are masked in the load), so stale bytes in a block do no harm.
@@ -29,115 +29,101 @@ _MAX_SPLITS = 32
 _MIN_SPLIT_KEYS = 256
 
 
-def split_keys(max_model_len: int) -> int:
-    """Keys of a split: few enough to keep a device busy, and at most `_MAX_SPLITS` splits."""
-    keys = -(-max_model_len // _MAX_SPLITS)
-    return max(_MIN_SPLIT_KEYS, 1 << (keys - 1).bit_length())
+def attend(
+    query: torch.Tensor,  # [num_tokens, num_heads, head_dim]; tokens may be strided
+    kv_cache: torch.Tensor,  # [blocks, 2, block_size, num_kv_heads, head_dim]
+    batch: ForwardBatch,
+    scale: float,
+    sliding_window: int,
+    out: torch.Tensor,  # [num_tokens, num_heads, head_dim]
+) -> None:
+    """Attend to what is stored, the batch's own keys and values included.
+
+    Args:
+        sliding_window: a query sees this many last positions, its own included; 0 means all.
+    """
+    partial = _Partial(query, batch, min(_MAX_SPLITS, -(-batch.max_seqlen_k // _MIN_SPLIT_KEYS)))
+    arguments = (query, kv_cache, batch, scale, sliding_window, out, partial)
+    if batch.max_seqlen_q > 1:
+        _launch(*arguments, is_single=False)
+    if batch.min_seqlen_q == 1:
+        _launch(*arguments, is_single=True)
+        _merge(batch, sliding_window, out, partial)
 
 
-class TritonAttention:
-    """Launches the kernels for requests of up to `max_model_len` tokens."""
+def _launch(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: ForwardBatch,
+    scale: float,
+    sliding_window: int,
+    out: torch.Tensor,
+    partial: _Partial,
+    *,
+    is_single: bool,
+) -> None:
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = kv_cache.shape[3]
+    heads_per_kv_head = num_heads // num_kv_heads
+    rows = triton.next_power_of_2(heads_per_kv_head)
+    block_m = max(_MIN_ROWS if is_single else _PROMPT_ROWS, rows)
+    block_q = 1 if is_single else block_m // heads_per_kv_head
+    num_seqs = batch.seqused_k.shape[0]
+    # Every sequence has at most one block of queries that is not full.
+    num_blocks = num_seqs if is_single else num_tokens // block_q + num_seqs
+    grid = (num_blocks, num_kv_heads, partial.num_splits if is_single else 1)
+    attention_kernel[grid](
+        query,
+        kv_cache,
+        out,
+        partial.out,
+        partial.maximum,
+        partial.total,
+        batch.block_table,
+        batch.cu_seqlens_q,
+        batch.seqused_k,
+        scale * _LOG2_E,
+        num_seqs,
+        sliding_window,
+        partial.num_splits,
+        query.stride(0),
+        out.stride(0),
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.stride(2),
+        batch.block_table.stride(0),
+        HEADS_PER_KV_HEAD=heads_per_kv_head,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
+        BLOCK_SIZE=kv_cache.shape[2],
+        BLOCK_M=block_m,
+        BLOCK_Q=block_q,
+        TILE_KEYS=_TILE_KEYS,
+        MIN_SPLIT_KEYS=_MIN_SPLIT_KEYS,
+        MAX_SPLITS=_MAX_SPLITS,
+        IS_SINGLE=is_single,
+        num_warps=4,
+    )
 
-    def __init__(self, max_model_len: int) -> None:
-        self._split_keys = split_keys(max_model_len)
 
-    def forward(
-        self,
-        query: torch.Tensor,  # [num_tokens, num_heads, head_dim]; tokens may be strided
-        kv_cache: torch.Tensor,  # [blocks, 2, block_size, num_kv_heads, head_dim]
-        batch: ForwardBatch,
-        *,
-        scale: float,
-        sliding_window: int,
-        out: torch.Tensor,  # [num_tokens, num_heads, head_dim]
-    ) -> None:
-        """Attend to what is stored, the batch's own keys and values included.
-
-        Args:
-            sliding_window: a query sees this many last positions, its own included; 0 means all.
-        """
-        partial = _Partial(query, batch, -(-batch.max_seqlen_k // self._split_keys))
-        arguments = (query, kv_cache, batch, scale, sliding_window, out, partial)
-        if batch.max_seqlen_q > 1:
-            self._launch(*arguments, is_single=False)
-        if batch.min_seqlen_q == 1:
-            self._launch(*arguments, is_single=True)
-            self._merge(batch, sliding_window, out, partial)
-
-    def _launch(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        batch: ForwardBatch,
-        scale: float,
-        sliding_window: int,
-        out: torch.Tensor,
-        partial: _Partial,
-        *,
-        is_single: bool,
-    ) -> None:
-        num_tokens, num_heads, head_dim = query.shape
-        num_kv_heads = kv_cache.shape[3]
-        heads_per_kv_head = num_heads // num_kv_heads
-        rows = triton.next_power_of_2(heads_per_kv_head)
-        block_m = max(_MIN_ROWS if is_single else _PROMPT_ROWS, rows)
-        block_q = 1 if is_single else block_m // heads_per_kv_head
-        num_seqs = batch.seqused_k.shape[0]
-        # Every sequence has at most one block of queries that is not full.
-        num_blocks = num_seqs if is_single else num_tokens // block_q + num_seqs
-        grid = (num_blocks, num_kv_heads, partial.num_splits if is_single else 1)
-        attention_kernel[grid](
-            query,
-            kv_cache,
-            out,
-            partial.out,
-            partial.maximum,
-            partial.total,
-            batch.block_table,
-            batch.cu_seqlens_q,
-            batch.seqused_k,
-            scale * _LOG2_E,
-            num_seqs,
-            sliding_window,
-            partial.num_splits,
-            query.stride(0),
-            out.stride(0),
-            kv_cache.stride(0),
-            kv_cache.stride(1),
-            kv_cache.stride(2),
-            batch.block_table.stride(0),
-            HEADS_PER_KV_HEAD=heads_per_kv_head,
-            HEAD_DIM=head_dim,
-            HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
-            BLOCK_SIZE=kv_cache.shape[2],
-            BLOCK_M=block_m,
-            BLOCK_Q=block_q,
-            TILE_KEYS=_TILE_KEYS,
-            SPLIT_KEYS=self._split_keys,
-            IS_SINGLE=is_single,
-            num_warps=4,
-        )
-
-    def _merge(
-        self, batch: ForwardBatch, sliding_window: int, out: torch.Tensor, partial: _Partial
-    ) -> None:
-        _, num_heads, head_dim = out.shape
-        merge_kernel[(batch.seqused_k.shape[0], num_heads)](
-            partial.out,
-            partial.maximum,
-            partial.total,
-            out,
-            batch.cu_seqlens_q,
-            batch.seqused_k,
-            sliding_window,
-            partial.num_splits,
-            out.stride(0),
-            HEAD_DIM=head_dim,
-            HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
-            SPLIT_KEYS=self._split_keys,
-            MAX_SPLITS=_MAX_SPLITS,
-            num_warps=4,
-        )
+def _merge(batch: ForwardBatch, sliding_window: int, out: torch.Tensor, partial: _Partial) -> None:
+    _, num_heads, head_dim = out.shape
+    merge_kernel[(batch.seqused_k.shape[0], num_heads)](
+        partial.out,
+        partial.maximum,
+        partial.total,
+        out,
+        batch.cu_seqlens_q,
+        batch.seqused_k,
+        sliding_window,
+        partial.num_splits,
+        out.stride(0),
+        HEAD_DIM=head_dim,
+        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
+        MIN_SPLIT_KEYS=_MIN_SPLIT_KEYS,
+        MAX_SPLITS=_MAX_SPLITS,
+        num_warps=4,
+    )
 
 
 class _Partial:
@@ -173,6 +159,15 @@ def find_sequence(cu_seqlens_q, block, num_seqs, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
+def keys_of_split(num_keys, MIN_SPLIT_KEYS: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """Keys of each split of a sequence: few, unless that made too many splits."""
+    split_keys = MIN_SPLIT_KEYS
+    while split_keys * MAX_SPLITS < num_keys:
+        split_keys *= 2
+    return split_keys
+
+
+@triton.jit
 def attention_kernel(
     query,  # [num_tokens, num_heads, HEAD_DIM]
     kv_cache,  # [blocks, 2, BLOCK_SIZE, num_kv_heads, HEAD_DIM]
@@ -200,7 +195,8 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     TILE_KEYS: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr,
+    MIN_SPLIT_KEYS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     IS_SINGLE: tl.constexpr,
 ):
     """One tile of queries against all their keys, or a single token against a split of them."""
@@ -244,8 +240,9 @@ def attention_kernel(
     if sliding_window > 0:
         first_key = tl.maximum(first_position - sliding_window + 1, 0)
     if IS_SINGLE:
-        first_key = tl.maximum(first_key, split * SPLIT_KEYS)
-        end_key = tl.minimum(end_key, (split + 1) * SPLIT_KEYS)
+        split_keys = keys_of_split(num_keys, MIN_SPLIT_KEYS, MAX_SPLITS)
+        first_key = tl.maximum(first_key, split * split_keys)
+        end_key = tl.minimum(end_key, (split + 1) * split_keys)
         if first_key >= end_key:
             return
     first_key = first_key // TILE_KEYS * TILE_KEYS
@@ -311,7 +308,7 @@ def merge_kernel(
     out_stride,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr,
+    MIN_SPLIT_KEYS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
 ):
     """The splits of a single token's keys, weighed by their softmax sums."""
@@ -325,7 +322,8 @@ def merge_kernel(
     if sliding_window > 0:
         first_key = tl.maximum(num_keys - sliding_window, 0)
     split = tl.arange(0, MAX_SPLITS)
-    is_split = (split * SPLIT_KEYS < num_keys) & ((split + 1) * SPLIT_KEYS > first_key)
+    split_keys = keys_of_split(num_keys, MIN_SPLIT_KEYS, MAX_SPLITS)
+    is_split = (split * split_keys < num_keys) & ((split + 1) * split_keys > first_key)
 
     partial = (sequence.to(tl.int64) * tl.num_programs(1) + head) * num_splits + split
     maximum = tl.load(partial_max + partial, mask=is_split, other=float("-inf"))

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from services.worker.kernels.cuda.attention import TritonAttention
+from services.worker.kernels.cuda.attention import attend
 from services.worker.kernels.cuda.elementwise import rms_norm, rope_and_store, silu_mul
 from services.worker.kernels.ops import HeadNorms, RotatedBatch
 from services.worker.model.batch import ForwardBatch
 
 
 class TritonOps:
-    """Implements `LayerOps` for requests of up to `max_model_len` tokens."""
-
-    def __init__(self, max_model_len: int) -> None:
-        self._attention = TritonAttention(max_model_len)
+    """Implements `LayerOps`."""
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
@@ -46,6 +43,4 @@ class TritonOps:
         out: torch.Tensor,
     ) -> None:
         """Causal grouped-query attention over the paged KV."""
-        self._attention.forward(
-            query, kv_cache, batch, scale=scale, sliding_window=sliding_window, out=out
-        )
+        attend(query, kv_cache, batch, scale, sliding_window, out)
