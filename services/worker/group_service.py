@@ -158,12 +158,12 @@ class GroupService:
                 assert_never(event)
 
     def _hand_over(self, event: HandedOver) -> None:
-        """Send the leader all requests, with what was said of them; some are wanted no more."""
-        now, leader = time.monotonic(), event.peers.leader
+        """Send the heir its requests, with what was said of them; some are wanted no more."""
+        now, heir = time.monotonic(), event.heir
         requests: list[RequestMessage] = []
         for request in event.requests:
             items = self._streams.move(
-                request.request_id, request.attempt, leader, event.peers.key, now
+                request.request_id, request.attempt, heir, event.peers.key, now
             )
             requests.append(pack_request(request, items, now))
         message = HandOver(
@@ -171,8 +171,8 @@ class GroupService:
             num_blocks=event.num_blocks,
             requests=tuple(requests),
         )
-        event.peers.send(leader, FrameKind.HAND_OVER, message)
-        self._log.info("requests handed over", leader=leader, requests=len(requests))
+        event.peers.send(heir, FrameKind.HAND_OVER, message)
+        self._log.info("requests handed over", heir=heir, requests=len(requests))
 
     async def _lose_moved(self, key: GroupKey) -> None:
         """Have the requests replayed that this worker gave to another member of a broken group."""

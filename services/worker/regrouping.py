@@ -51,6 +51,12 @@ class Regrouping:
         return spans.get(worker_id, Span(start=0, end=self.num_layers))
 
     @property
+    def heirs(self) -> dict[str, int]:
+        """The members of `before` that lead from then on, and how many members each then has."""
+        members = {m.worker_id for m in self.before.members} if self.before is not None else set()
+        return {g.leader: len(g.members) for g in self.groups if g.leader in members}
+
+    @property
     def loads(self) -> bool:
         """True if some member of `before` needs layers that it does not serve now."""
         members = self.before.members if self.before is not None else ()

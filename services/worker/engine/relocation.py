@@ -52,6 +52,11 @@ class Relocation:
         return [*pool.parked, *pool.exchanging, *strays]
 
     @property
+    def queued_requests(self) -> list[Request]:
+        """Requests without KV; the preempted first."""
+        return [*self._pool.preempted, *self._pool.waiting]
+
+    @property
     def exchanges(self) -> Mapping[RequestKey, Exchange]:
         """What each parked or exchanging request waits for."""
         return self._pool.exchanges

@@ -8,10 +8,12 @@ What its stages granted is given back bit by bit, so that they can use it for wh
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from services.worker.engine.request import Request, RequestStatus
 from services.worker.engine.scheduler import Scheduler
+from services.worker.engine.spreading import spread
+from services.worker.pipeline.events import EventSink, HandedOver
 from services.worker.pipeline.peers import GroupPeers
 
 #: Requests that stand still at once on their way home.
@@ -23,12 +25,14 @@ class Departure:
 
     Attributes:
         leaving: members whose blocks the leader will not book any more.
+        awaited: members that have not taken over the requests yet which are to wait with them.
     """
 
     def __init__(
         self,
         peers: GroupPeers,
         scheduler: Scheduler,
+        emit: EventSink,
         kept: Collection[str],
         *,
         is_superseded: bool,
@@ -40,14 +44,37 @@ class Departure:
             is_superseded: the next group moves all KV: this pipeline is not needed any more.
         """
         self.leaving = tuple(worker for worker in peers.followers if worker not in kept)
+        self.awaited: set[str] = set()
+        self._peers = peers
         self._route = peers.route
         self._scheduler = scheduler
+        self._emit = emit
         self._is_superseded = is_superseded
 
     @property
     def is_over(self) -> bool:
         """True if nobody needs the pipeline any more."""
-        return self._is_superseded or not self._requests()
+        return not self.awaited and (self._is_superseded or not self._requests())
+
+    def hand_on_queued(self, heirs: Mapping[str, int]) -> None:
+        """Let requests without KV wait with whoever of the next leaders has the least to do.
+
+        Args:
+            heirs: how many members each of them has.
+        """
+        if not heirs:
+            return
+        own, blocks = self._peers.worker_id, self._scheduler.blocks
+        relocation = self._scheduler.relocation
+        used = {heir: blocks.num_used(own) if heir == own else 0 for heir in heirs}
+        shares = spread(relocation.queued_requests, used, heirs, blocks.blocks_for)
+        for heir, requests in shares.items():
+            if heir == own or not requests:
+                continue
+            for request in requests:
+                relocation.hand_over(request)
+            self.awaited.add(heir)
+            self._emit(HandedOver(self._peers, heir, tuple(requests)))
 
     def call_home(self) -> None:
         """Park requests that run on the pipeline for their way to the present route."""
@@ -64,7 +91,7 @@ class Departure:
 
         Each request that decodes may need another block before it leaves.
         """
-        num_spare = 0 if self.is_over else len(self._requests())
+        num_spare = 0 if self._is_superseded else len(self._requests())
         blocks = self._scheduler.blocks
         given_back = {
             worker: blocks.give_back(worker, blocks.num_used(worker) + num_spare)

@@ -35,11 +35,12 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class HandedOver:
-    """A follower's requests, which its leader shall have, and the blocks it may book besides."""
+    """Requests that `heir`, a member of the group, shall have, and the blocks it may book here."""
 
     peers: GroupPeers
+    heir: str
     requests: tuple[Request, ...]
-    num_blocks: int
+    num_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,15 +17,14 @@ from services.worker.batch_io import BatchOutcome, sampling_rows, sequence_slice
 from services.worker.engine.exchange import Exchange
 from services.worker.engine.outputs import SchedulerOutput
 from services.worker.engine.releases import ReleasedKeys
-from services.worker.engine.relocation import RelocationError
 from services.worker.engine.request import KvKey, Request, RequestKey, RequestStatus
 from services.worker.engine.scheduler import Scheduler
 from services.worker.links.base import LinkFrame
 from services.worker.model.runner import ModelRunner
 from services.worker.model.sampler import SampledToken
+from services.worker.pipeline.adoption import adopt_all
 from services.worker.pipeline.departure import Departure
-from services.worker.pipeline.events import Adopted, EventSink, Phase
-from services.worker.pipeline.handover import unpack_request
+from services.worker.pipeline.events import EventSink, Phase
 from services.worker.pipeline.kv_courier import KvCourier
 from services.worker.pipeline.kv_transfer import as_buffer
 from services.worker.pipeline.leader_preparation import LeaderPreparation
@@ -40,9 +39,9 @@ from services.worker.pipeline.messages import (
     Order,
     Quiesce,
     Release,
-    RequestMessage,
     Settle,
     ShrinkRequest,
+    TakenOver,
     Tokens,
 )
 from services.worker.pipeline.peers import GroupPeers
@@ -119,6 +118,8 @@ class PipelineLeader:
                 self._note_filled(self._courier.take(part, frame.buffers[0]))
             case FrameKind.FILLED:
                 self._filled(Filled.decode(frame.header))
+            case FrameKind.TAKEN_OVER:
+                self._taken_over(TakenOver.decode(frame.header))
             case FrameKind.SHRINK_REQUEST:
                 self._shrink_requests.append(ShrinkRequest.decode(frame.header))
             case _:
@@ -164,7 +165,7 @@ class PipelineLeader:
         """True if no batch is in flight: a paused scheduler makes none."""
         return self._scheduler.num_batches_in_flight == 0
 
-    def leave(self, regrouping: Regrouping) -> None:
+    def leave(self, regrouping: Regrouping, now: float) -> None:
         """Another layout serves from now on; requests and grants leave this pipeline."""
         after, own = regrouping.after, self.peers.worker_id
         following = {m.worker_id for m in after.members} if after is not None else set()
@@ -173,12 +174,18 @@ class PipelineLeader:
         self._departure = Departure(
             self.peers,
             self._scheduler,
+            self._emit,
             following if is_led_here else (),
             is_superseded=regrouping.stops and following.issuperset(self.peers.route.worker_ids),
         )
+        self._departure.hand_on_queued(regrouping.heirs)
         if regrouping.stops:
             self._flush_releases()
             self.peers.send_next(FrameKind.QUIESCE, Quiesce())
+
+    def _taken_over(self, message: TakenOver) -> None:
+        if self._departure is not None:
+            self._departure.awaited.discard(message.worker_id)
 
     def _pump_preparation(self, preparation: LeaderPreparation) -> None:
         for request in self._shrink_requests:
@@ -256,29 +263,16 @@ class PipelineLeader:
 
     def _take_over(self, message: HandOver, now: float) -> None:
         """A follower's requests and its blocks are the leader's now."""
-        adopted = tuple(each for each in message.requests if self._adopt(each, now))
-        for request in adopted:
-            if not request.is_wanted:
-                self._scheduler.cancel(request.request_id, request.attempt)
-        self._scheduler.blocks.add_capacity(message.worker_id, message.num_blocks)
-        self._awaited.discard(message.worker_id)
-        self._emit(Adopted(tuple(request for request in adopted if request.is_wanted)))
-        self._log.info("requests taken over", worker=message.worker_id, requests=len(adopted))
-
-    def _adopt(self, message: RequestMessage, now: float) -> bool:
-        request = unpack_request(message, now)
-        try:
-            self._scheduler.relocation.adopt(request, self.peers.route)
-        except RelocationError as error:
-            self._log.error("request not taken over", reason=str(error))
+        refused = adopt_all(self._scheduler, message, self.peers.route, self._emit, now)
+        blocks = self._scheduler.blocks
+        for request in refused:
             keys: tuple[KvKey, ...] = (request.kv_key,)
-            homes = {stage.worker_id: keys for stage in message.origin}
+            homes = {stage.worker_id: keys for stage in request.origin}
             self.peers.send_next(FrameKind.RELEASE, Release(keys=homes))
-            blocks = self._scheduler.blocks
             for worker_id in homes:
                 blocks.add_capacity(worker_id, blocks.blocks_for(request.num_computed_tokens))
-            return False
-        return True
+        blocks.add_capacity(message.worker_id, message.num_blocks)
+        self._awaited.discard(message.worker_id)
 
     # --- KV that travels -------------------------------------------------------------------------
 

@@ -119,14 +119,14 @@ class GroupMember:
             return []
         self._proposal = None
         began_at, weights_before = time.perf_counter(), self._runner.pool.usage.weight_bytes
-        self._change(proposal.regrouping, proposal.peers)
+        self._change(proposal.regrouping, proposal.peers, now)
         given_up = weights_before - self._runner.pool.usage.weight_bytes
         seconds = time.perf_counter() - began_at
         self._events.append(PhaseTimed(Phase.COMMIT, seconds, given_up))
         self._events.append(Committed(proposal.regrouping.epoch))
         return [item for frame in proposal.frames for item in self.on_frame(frame, now)]
 
-    def _change(self, regrouping: Regrouping, peers: GroupPeers | None) -> None:
+    def _change(self, regrouping: Regrouping, peers: GroupPeers | None, now: float) -> None:
         """Serve in the next layout; no batch is in flight on a pipeline that gives up layers."""
         former, self._serving = self._serving, None
         self._close_retired()
@@ -138,7 +138,7 @@ class GroupMember:
         else:
             self._follow(peers)
         if former is not None:
-            former.leave(regrouping)
+            former.leave(regrouping, now)
         self._scheduler.pause(PauseState.RUNNING)
 
     def _serve_alone(self, *, parks: bool) -> None:

@@ -4,6 +4,7 @@
     leader --Release, Order, Settle--> stage 1 --> stage 2 --> ...      down the chain, in order
     any    --KvPart--> any --Filled--> leader                           one request's KV
     follower --HandOver--> leader                                       once, when it has committed
+    leader --HandOver--> who leads next --TakenOver--> leader           once, when it has committed
     follower --Capacity--> leader                                       when its blocks got more
     follower --ShrinkRequest--> leader --GiveBack--> all                when it shall get layers
     leader --Quiesce--> stage 1 --> stage 2 --> ...                     when no batch will follow
@@ -42,6 +43,7 @@ class FrameKind(IntEnum):
     GIVE_BACK = 11
     DISSOLVE = 12
     QUIESCE = 13
+    TAKEN_OVER = 14
 
 
 class RowMessage(WireModel):
@@ -186,10 +188,24 @@ class RequestMessage(WireModel):
     is_wanted: bool = True
     items: tuple[TokenItem, ...] = Field(default=(), description="said to its router so far")
 
+    @property
+    def kv_key(self) -> KvKey:
+        """What every stage knows its KV by."""
+        return KvKey(self.request_id, self.attempt, self.num_preemptions)
+
 
 class HandOver(Message):
-    """All requests of a follower, and how many of its blocks the leader may book besides theirs."""
+    """Requests of `worker_id`, and how many of its blocks may be booked besides theirs.
+
+    All requests of a follower for its leader; or queued ones of a leader for those who lead next.
+    """
 
     worker_id: str
     num_blocks: int
     requests: tuple[RequestMessage, ...]
+
+
+class TakenOver(Message):
+    """`worker_id` has the requests that the leader handed over to it."""
+
+    worker_id: str

@@ -62,7 +62,7 @@ class Role(Protocol):
         """True if no batch is on its way through the pipeline, and none will be."""
         ...
 
-    def leave(self, regrouping: Regrouping) -> None:
+    def leave(self, regrouping: Regrouping, now: float) -> None:
         """Another layout serves from now on; this role is a former one."""
         ...
 

@@ -16,6 +16,7 @@ from services.worker.engine.scheduler import Scheduler
 from services.worker.links.base import Buffer, LinkFrame
 from services.worker.model.batch import SequenceSlice
 from services.worker.model.runner import ModelRunner
+from services.worker.pipeline.adoption import adopt_all
 from services.worker.pipeline.events import EventSink, HandedOver, Phase
 from services.worker.pipeline.kv_courier import KvCourier
 from services.worker.pipeline.kv_transfer import as_buffer, received_tensor
@@ -25,6 +26,7 @@ from services.worker.pipeline.messages import (
     Filled,
     FrameKind,
     GiveBack,
+    HandOver,
     KvPart,
     Microbatch,
     Order,
@@ -32,6 +34,7 @@ from services.worker.pipeline.messages import (
     Release,
     Settle,
     ShrinkRequest,
+    TakenOver,
     Tokens,
 )
 from services.worker.pipeline.peers import GroupPeers
@@ -76,6 +79,7 @@ class FollowerStage:
         self._courier = KvCourier(peers, runner, self._table)
         self._restoration: Restoration | None = None
         self._gone: set[KvKey] = set()
+        self._early: list[HandOver] = []
         self._state = _StageState.SERVING
         self._is_settled = False
         self._is_dissolved = False
@@ -88,7 +92,8 @@ class FollowerStage:
         """
         requests = self._scheduler.relocation.hand_over_all()
         self._scheduler.blocks.grow(self._runner.keep(self.peers.span))
-        self._emit(HandedOver(self.peers, tuple(requests), self._lend_free()))
+        leader, num_blocks = self.peers.leader, self._lend_free()
+        self._emit(HandedOver(self.peers, leader, tuple(requests), num_blocks))
 
     def handle(self, frame: LinkFrame, now: float) -> None:
         """Act on a frame from the leader, from the stage before, or with KV.
@@ -113,6 +118,8 @@ class FollowerStage:
                 self._take_back(GiveBack.decode(frame.header))
             case FrameKind.QUIESCE:
                 self._quiesce(Quiesce.decode(frame.header))
+            case FrameKind.HAND_OVER:
+                self._adopt(HandOver.decode(frame.header), now)
             case FrameKind.DISSOLVE:
                 self._dissolve(Dissolve.decode(frame.header))
             case _:
@@ -123,10 +130,7 @@ class FollowerStage:
         if self._restoration is not None:
             self._restoration.pump()
         elif self._state is _StageState.SERVING:
-            num_blocks = self._lend_free()
-            if num_blocks:
-                capacity = Capacity(worker_id=self.peers.worker_id, num_blocks=num_blocks)
-                self.peers.send(self.peers.leader, FrameKind.CAPACITY, capacity)
+            self._offer_free()
         self._courier.pump()
         self.peers.push_bulk()
 
@@ -155,16 +159,29 @@ class FollowerStage:
         if self._restoration is not None:
             self._scheduler.blocks.grow(self._restoration.undo())
             self._restoration = None
+            self._offer_free()  # before anything else that may be prepared
 
     @property
     def is_quiet(self) -> bool:
         """True if the leader has said that no batch will come any more."""
         return self._state is _StageState.QUIET
 
-    def leave(self, regrouping: Regrouping) -> None:
+    def leave(self, regrouping: Regrouping, now: float) -> None:
         """Another layout serves from now on; this pipeline goes on until its leader ends it."""
         self._restoration = None
         self._state = _StageState.FORMER
+        for message in self._early:
+            self._adopt(message, now)
+
+    def _adopt(self, message: HandOver, now: float) -> None:
+        """Take over requests that wait, once this worker leads."""
+        if self._state is not _StageState.FORMER:
+            self._early.append(message)
+        else:
+            route = self._scheduler.relocation.route
+            adopt_all(self._scheduler, message, route, self._emit, now)
+            taken = TakenOver(worker_id=self.peers.worker_id)
+            self.peers.send(self.peers.leader, FrameKind.TAKEN_OVER, taken)
 
     @property
     def is_over(self) -> bool:
@@ -296,3 +313,10 @@ class FollowerStage:
         num_blocks = self._scheduler.blocks.num_free(self.peers.worker_id)
         self._blocks.lend(num_blocks)
         return num_blocks
+
+    def _offer_free(self) -> None:
+        """Lend what is free, and say so."""
+        num_blocks = self._lend_free()
+        if num_blocks:
+            capacity = Capacity(worker_id=self.peers.worker_id, num_blocks=num_blocks)
+            self.peers.send(self.peers.leader, FrameKind.CAPACITY, capacity)

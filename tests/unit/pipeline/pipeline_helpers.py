@@ -116,7 +116,7 @@ class Engine:
         message = HandOver(
             worker_id=self.worker_id, num_blocks=event.num_blocks, requests=tuple(requests)
         )
-        event.peers.send(event.peers.leader, FrameKind.HAND_OVER, message)
+        event.peers.send(event.heir, FrameKind.HAND_OVER, message)
 
 
 def make_engine(

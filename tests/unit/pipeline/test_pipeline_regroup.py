@@ -213,3 +213,23 @@ def test_a_partial_restore_that_is_called_off_leaves_the_pipeline(
         expect(cluster, expected)
         cluster.regroup(*PAIRS)
         cluster.check()
+
+
+@pytest.mark.parametrize("after", [PAIRS, ALONE])
+def test_requests_that_wait_are_spread_when_a_pipeline_is_split(
+    tiny_models: TinyModels, kernels: CpuKernels, after: Layout
+) -> None:
+    """Whoever leads next gets its share of them, and they lose nothing."""
+    directory = tiny_models.directory("llama")
+    expected = undisturbed(directory, kernels, make_requests(40, 60))
+    with open_cluster(directory, kernels, 4, memory_bytes=1024 * 1024) as cluster:
+        cluster.regroup(*FOUR)
+        add(cluster, make_requests(40, 60))
+        cluster.run(lambda: len(cluster.tokens("r0")) > 2)
+        cluster.change(*after)
+        cluster.run(cluster.has_settled)
+        leaders = [cluster.engines[group[0]] for group in after]
+        assert all(engine.core.has_work for engine in leaders)
+        cluster.run()
+        cluster.check()
+        expect(cluster, expected)
