@@ -19,7 +19,13 @@ import numpy as np
 
 from benchmarks.command import run_command
 from benchmarks.drop_cluster import drop_cluster
-from benchmarks.drop_measure import DropFinding, TransferFinding, measure_drop, measure_transfer
+from benchmarks.drop_measure import (
+    SOURCES,
+    DropFinding,
+    TransferFinding,
+    measure_drop,
+    measure_transfer,
+)
 from benchmarks.drop_memory import MIB, NUM_BYTES, MemoryFinding, measure_memory
 from benchmarks.links import wait_for_peer, with_link
 from benchmarks.links_measure import (
@@ -107,8 +113,20 @@ def render_restore(findings: Sequence[DropFinding]) -> str:
     return (
         f"{Table(('between tokens, ms', 'p50', 'p99', 'max'), rows).render()}\n\n"
         f"TPOT P99 over the restore: {ratio:.2f} of undisturbed (goal: 1.20)."
-        f" Layers loaded by each worker meanwhile: {loads}."
+        f" Layers loaded by each worker meanwhile: {loads}; {_sources(findings)}."
     )
+
+
+def _sources(findings: Sequence[DropFinding]) -> str:
+    """How much came from where, and how fast."""
+    parts = []
+    for source in SOURCES:
+        num_bytes = sum(finding.source_bytes[source] for finding in findings)
+        seconds = sum(finding.source_seconds[source] for finding in findings)
+        if seconds:
+            rate = num_bytes / seconds / 1e6
+            parts.append(f"{num_bytes / MIB:.0f} MiB from the {source} at {rate:.0f} MB/s")
+    return ", ".join(parts)
 
 
 def render_exchange(

@@ -13,6 +13,8 @@ from benchmarks.processes import ServerError
 
 #: When each token of a stream came, by request.
 TokenTimes = Mapping[str, Sequence[float]]
+#: Where the layers come back from.
+SOURCES = ("checkpoint", "peer")
 #: Streams of each worker before the drop: their KV is the whole cache after some seconds.
 _NUM_STREAMS = 10
 _NUM_PROMPT_TOKENS = 192  # one batch
@@ -39,6 +41,7 @@ class DropFinding:
         iteration: median time of a step of the pipeline at that load.
         exchange: of all running requests; `exchange_bytes` were sent and received by each worker.
         load: of the layers that come back, by worker, while the kept streams run.
+        source_bytes, source_seconds: of that, by where it came from, both workers together.
         undisturbed_gaps, restoring_gaps, returning_gaps: between tokens, of the kept streams.
     """
 
@@ -52,6 +55,8 @@ class DropFinding:
     exchange_bytes: float
     load: list[float]
     load_bytes: float
+    source_bytes: dict[str, float]
+    source_seconds: dict[str, float]
     undisturbed_gaps: list[float]
     restoring_gaps: list[float]
     returning_gaps: list[float]
@@ -116,6 +121,8 @@ async def measure_drop(cluster: DropCluster) -> DropFinding:
         exchange_bytes=_phase_bytes(spent[0], "exchange"),
         load=[_phase(each, "load") for each in spent],
         load_bytes=_phase_bytes(spent[0], "load"),
+        source_bytes={s: sum(_phase_bytes(each, f"load_{s}") for each in spent) for s in SOURCES},
+        source_seconds={s: sum(_phase(each, f"load_{s}") for each in spent) for s in SOURCES},
         undisturbed_gaps=gaps(cluster.token_times, kept, undisturbed_at, restoring_at),
         restoring_gaps=gaps(cluster.token_times, kept, restoring_at, returning_at),
         returning_gaps=gaps(cluster.token_times, kept, returning_at, ended_at),

@@ -41,6 +41,8 @@ from shared.messages import TokenItem
 _IDLE_SECONDS = 1.0
 #: The same while KV waits for room on a link, layers are loaded, or old mappings are left.
 _BUSY_SECONDS = 0.001
+#: Stale mappings that are taken away between two batches: less than a millisecond of work.
+_UNMAP_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +228,7 @@ class EngineThread:
             items += member.pump(time.monotonic())
             items += core.step(time.monotonic())
             items += member.pump(time.monotonic())
-            engine.runner.unmap_stale()
+            engine.runner.pool.unmap_stale(_UNMAP_BYTES)
             events = member.take_events()
             before, holdings = holdings, engine.runner.holdings
             facts = model_facts(engine.runner) if holdings != before else None
@@ -263,7 +265,7 @@ def _wait_seconds(engine: BuiltEngine) -> float:
     """How long to sleep if nothing arrives; whatever arrives ends it."""
     if not engine.core.is_waiting:
         return 0.0
-    is_busy = engine.member.is_busy or engine.runner.has_stale_mappings
+    is_busy = engine.member.is_busy or engine.runner.pool.stale_bytes > 0
     return _BUSY_SECONDS if is_busy else _IDLE_SECONDS
 
 

@@ -23,6 +23,7 @@ from services.worker.memory.factory import make_memory
 from services.worker.memory.pool import MemoryPool
 from services.worker.memory.sizing import most_blocks
 from services.worker.meter import EngineMeter
+from services.worker.model.arena_source import ArenaSource
 from services.worker.model.batch import ForwardBatch, SequenceSlice, make_batch
 from services.worker.model.checkpoint import Checkpoint, WeightSource
 from services.worker.model.device_sampler import sample_on_device
@@ -31,9 +32,6 @@ from services.worker.model.plan import ModelPlan, PartBytes
 from services.worker.model.sampler import SampledToken, SamplingRow, sample
 from services.worker.model.stage import Stage
 from shared.layout import Span
-
-#: Stale mappings that are taken away between two batches: less than a millisecond of work.
-_UNMAP_BYTES = 16 * 1024 * 1024
 
 #: Rows of logits that are in memory at once; enough to be bound by arithmetic.
 _LOGITS_ROWS = 64
@@ -129,6 +127,11 @@ class ModelRunner:
     def dtype(self) -> torch.dtype:
         """Type of hidden states and KV."""
         return self._kernels.dtype
+
+    @property
+    def stage(self) -> Stage:
+        """The layers and their weights."""
+        return self._stage
 
     @property
     def block_size(self) -> int:
@@ -273,7 +276,7 @@ class ModelRunner:
         num_chunks = self.pool.budget_bytes // self.pool.chunk_bytes
         return most_blocks(num_chunks, list(arenas.values()), block_bytes, self.pool.chunk_bytes)
 
-    def load_missing(self, span: Span) -> Iterator[int]:
+    def load_missing(self, span: Span, source: ArenaSource | None = None) -> Iterator[int]:
         """Load what serving `span` needs and is not here, and give its layers their KV.
 
         The layers that are served have as many blocks then as those of `span`. Yields the bytes of
@@ -283,7 +286,7 @@ class ModelRunner:
             CheckpointError: a tensor cannot be read.
             OutOfChunksError: too little of the pool is free.
         """
-        yield from self._stage.load(span)
+        yield from self._stage.load(span, source)
         self.pool.grow_kv_evenly(self._beside(span))
 
     def _beside(self, span: Span) -> list[int]:
@@ -307,15 +310,6 @@ class ModelRunner:
         others = [layer for layer in range(self.config.num_layers) if layer not in self.span]
         self.pool.shrink_kv(others, 0)
         return self.pool.grow_kv_evenly(range(self.span.start, self.span.end))
-
-    @property
-    def has_stale_mappings(self) -> bool:
-        """True while `unmap_stale` has something to do."""
-        return self.pool.stale_bytes > 0
-
-    def unmap_stale(self) -> None:
-        """Take away some of what layers and KV that are gone have left mapped."""
-        self.pool.unmap_stale(_UNMAP_BYTES)
 
     def kv_cache(self, layer: int) -> torch.Tensor:
         """KV of a layer `[max_blocks, *kv_block_shape]`; only mapped blocks may be touched."""

@@ -18,6 +18,7 @@ import torch
 from services.worker.kernels.base import Kernels
 from services.worker.memory.pool import MemoryPool
 from services.worker.memory.tensors import tensor_at
+from services.worker.model.arena_source import ArenaSource, CheckpointSource
 from services.worker.model.batch import ForwardBatch
 from services.worker.model.checkpoint import EMBEDDING, FINAL_NORM, WeightSource
 from services.worker.model.layers.base import DecoderLayer
@@ -46,6 +47,7 @@ class Stage:
         self._plan = plan
         self._config = plan.config
         self._weights = weights
+        self.checkpoint_source = CheckpointSource(weights)
         self._pool = pool
         self._kernels = kernels
         self._rotary = RotaryTable(plan.config, kernels.device)
@@ -62,8 +64,11 @@ class Stage:
 
     # --- weights come and go ---------------------------------------------------------------------
 
-    def load(self, span: Span) -> Iterator[int]:
+    def load(self, span: Span, source: ArenaSource | None = None) -> Iterator[int]:
         """Load what running `span` needs and is not here; yields the bytes of each piece.
+
+        Args:
+            source: where from; None: the checkpoint. It may yield 0, for none now.
 
         Layers are usable one by one, all when the iterator is exhausted. Where it is closed before,
         the arena under way stays unusable and goes with the next `drop`.
@@ -75,7 +80,7 @@ class Stage:
         try:
             for arena in self._plan.arenas(span):
                 if arena.name not in self._resident:
-                    yield from self._load_arena(arena)
+                    yield from self._load_arena(arena, source or self.checkpoint_source)
         finally:
             self._weights.release()
 
@@ -89,21 +94,41 @@ class Stage:
                     self._layers.pop(arena.layer, None)
                 self._pool.drop_arena(arena.name)
 
-    def _load_arena(self, arena: ArenaPlan) -> Iterator[int]:
+    def _load_arena(self, arena: ArenaPlan, source: ArenaSource) -> Iterator[int]:
         if arena.name in self._addresses:
             self._pool.restore_arena(arena.name)
         else:
             mapped = self._pool.weight_arena(arena.name, arena.layout.nbytes)
             self._addresses[arena.name] = mapped.address
         address = self._addresses[arena.name]
-        yield from arena.layout.fill(
-            address, lambda source: self._weights.tensor(arena.prefix + source)
-        )
+        yield from source.fill(arena, address)
         if arena.layer is not None:
             self._layers[arena.layer] = self._plan.layers.make(
                 arena.layer, address, self._kv_caches[arena.layer]
             )
         self._resident.add(arena.name)
+
+    def arena_names(self, span: Span) -> list[str]:
+        """The arenas that running `span` needs."""
+        return [arena.name for arena in self._plan.arenas(span)]
+
+    def arena_bytes(self, name: str) -> torch.Tensor | None:  # [nbytes] uint8
+        """The memory of an arena that is loaded, else None."""
+        if name not in self._resident:
+            return None
+        arena = next(each for each in self._plan.arenas(self.span) if each.name == name)
+        shape = (arena.layout.nbytes,)
+        return tensor_at(self._addresses[name], shape, torch.uint8, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the memory is."""
+        return self._kernels.device
+
+    @property
+    def panel_width(self) -> int:
+        """How matrices are packed: arenas are alike where this is."""
+        return self._kernels.panel_width
 
     def kv_cache(self, layer: int) -> torch.Tensor:
         """KV of a layer `[max_blocks, *kv_block_shape]`; only mapped blocks may be touched."""

@@ -88,6 +88,8 @@ class Phase(Enum):
     FIRST_TOKEN = "first_token"  # ... until what came of it
     EXCHANGE = "exchange"  # from the first order until no request is left on the layout before
     LOAD = "load"  # of missing layers, while the worker serves
+    LOAD_CHECKPOINT = "load_checkpoint"  # the part of it that came from the own checkpoint
+    LOAD_PEER = "load_peer"  # the part of it that came from other workers
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.worker.engine.request import KvKey
-from services.worker.links.base import Buffer
+from services.worker.links.base import Buffer, LinkClass
 from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.kv_transfer import as_buffer, gather_kv, layer_parts, scatter_kv
 from services.worker.pipeline.messages import FrameKind, KvPart, Order
@@ -114,7 +114,7 @@ class KvCourier:
         now = time.perf_counter()
         ends_at = now + self._pacer.grant(now)
         for destination, parts in self._outgoing.items():
-            while parts and now < ends_at and not self._peers.is_clogged(destination):
+            while parts and now < ends_at and not self._is_clogged(destination):
                 self._send(destination, parts.popleft())
                 now = time.perf_counter()
         self._pacer.used(now)
@@ -125,7 +125,12 @@ class KvCourier:
             return
         gathered = gather_kv(self._runner, self._covering(table, part), part.start, part.end)
         self.num_bytes += gathered.nbytes
-        self._peers.send_bulk(destination, FrameKind.KV_PART, part, as_buffer(gathered))
+        self._peers.send_bulk(
+            destination, LinkClass.EXCHANGE, FrameKind.KV_PART, part, as_buffer(gathered)
+        )
+
+    def _is_clogged(self, destination: str) -> bool:
+        return self._peers.is_clogged(destination, LinkClass.EXCHANGE)
 
     def _parts(self, order: Order, start: int, end: int) -> list[KvPart]:
         """The parts of a transfer; the same at both ends."""

@@ -48,6 +48,7 @@ from services.worker.pipeline.peers import GroupPeers
 from services.worker.pipeline.phase_timer import PhaseTimer
 from services.worker.pipeline.restoration import Restoration
 from services.worker.pipeline.rows import microbatch
+from services.worker.pipeline.weight_courier import WeightCourier
 from services.worker.regrouping import Regrouping
 
 
@@ -76,6 +77,7 @@ class PipelineLeader:
         self._was_idle = True
         self._ran_dry = True  # since the last batch
         self._courier = KvCourier(peers, runner, self._table)
+        self._weights = WeightCourier(peers, runner.stage)
         self._in_flight: dict[int, SchedulerOutput] = {}
         self._num_orders = 0
         self._awaited = set(peers.followers)  # have not handed over yet
@@ -122,6 +124,8 @@ class PipelineLeader:
                 self._taken_over(TakenOver.decode(frame.header))
             case FrameKind.SHRINK_REQUEST:
                 self._shrink_requests.append(ShrinkRequest.decode(frame.header))
+            case FrameKind.WEIGHTS_REQUEST | FrameKind.WEIGHTS:
+                self._weights.handle(frame)
             case _:
                 raise ValueError(f"a leader has no use for a frame of kind {frame.kind}")
         return None
@@ -136,20 +140,22 @@ class PipelineLeader:
             self._pump_departure(self._departure)
         self._flush_releases()
         self._courier.pump()
+        self._weights.pump()
         self.peers.push_bulk()
 
     @property
     def is_busy(self) -> bool:
         """True while `pump` has something to do whatever arrives."""
         is_loading = self._preparation is not None and self._preparation.is_busy
-        return self.peers.has_backlog or self._courier.is_busy or is_loading
+        is_sending = self._courier.is_busy or self._weights.is_busy
+        return self.peers.has_backlog or is_sending or is_loading
 
     # --- the next layout -------------------------------------------------------------------------
 
     def prepare(self, regrouping: Regrouping) -> None:
         """Make room for what the members need next, and get what is missing here."""
         span = regrouping.span_after(self.peers.worker_id)
-        restoration = Restoration(self._runner, self._emit, regrouping.epoch, span)
+        restoration = Restoration(self._runner, self._weights, self._emit, regrouping.epoch, span)
         self._preparation = LeaderPreparation(
             self.peers, self._scheduler, restoration, self._emit, self._give_back
         )

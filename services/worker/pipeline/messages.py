@@ -3,6 +3,7 @@
     leader --Microbatch, hidden--> stage 1 --Microbatch, hidden--> ... last --Tokens--> leader
     leader --Release, Order, Settle--> stage 1 --> stage 2 --> ...      down the chain, in order
     any    --KvPart--> any --Filled--> leader                           one request's KV
+    any    --WeightsRequest--> any --WeightsPart--> asker               when layers are loaded
     follower --HandOver--> leader                                       once, when it has committed
     leader --HandOver--> who leads next --TakenOver--> leader           once, when it has committed
     follower --Capacity--> leader                                       when its blocks got more
@@ -44,6 +45,8 @@ class FrameKind(IntEnum):
     DISSOLVE = 12
     QUIESCE = 13
     TAKEN_OVER = 14
+    WEIGHTS_REQUEST = 15
+    WEIGHTS = 16  # bytes of an arena, from the offset on
 
 
 class RowMessage(WireModel):
@@ -122,6 +125,26 @@ class Filled(Message):
 
     key: KvKey
     worker_id: str
+    error: str = ""
+
+
+class WeightsRequest(Message):
+    """`worker_id` wants the bytes `[start, end)` of an arena, if it is packed as its own."""
+
+    serial: int
+    worker_id: str
+    arena: str
+    arena_bytes: int
+    panel_width: int
+    start: int
+    end: int
+
+
+class WeightsPart(Message):
+    """Some of what a request asked for, in the buffer, or why it is not given."""
+
+    serial: int
+    offset: int
     error: str = ""
 
 

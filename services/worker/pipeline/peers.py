@@ -12,6 +12,8 @@ from services.worker.pipeline.messages import FrameKind
 from shared.layout import GroupPlan, Span
 from shared.wire import Message
 
+_BULK_CLASSES = (LinkClass.EXCHANGE, LinkClass.RESTORE)
+
 
 @dataclass(frozen=True, slots=True)
 class GroupKey:
@@ -35,7 +37,9 @@ class GroupPeers:
         self.key = GroupKey(group.group_id, group.epoch)
         self.route = Route.of_group(group, group.epoch)
         self._links = dict(links)
-        self._bulk: dict[str, deque[LinkFrame]] = {peer: deque() for peer in links}
+        self._bulk: dict[tuple[str, LinkClass], deque[LinkFrame]] = {
+            (peer, link_class): deque() for peer in links for link_class in _BULK_CLASSES
+        }
         self._position = self.route.worker_ids.index(worker_id)
 
     @property
@@ -88,25 +92,32 @@ class GroupPeers:
         if self.next_worker_id is not None:
             self.send(self.next_worker_id, kind, message, buffers)
 
-    def send_bulk(self, worker_id: str, kind: FrameKind, message: Message, buffer: Buffer) -> None:
-        """Queue KV for a member; the buffer must not change any more."""
-        self._bulk[worker_id].append(self._frame(kind, message, (buffer,)))
+    def send_bulk(
+        self,
+        worker_id: str,
+        link_class: LinkClass,
+        kind: FrameKind,
+        message: Message,
+        buffer: Buffer,
+    ) -> None:
+        """Queue KV or weights for a member; the buffer must not change any more."""
+        self._bulk[worker_id, link_class].append(self._frame(kind, message, (buffer,)))
         self.push_bulk()
 
-    def is_clogged(self, worker_id: str) -> bool:
-        """True while KV for a member waits for room on its link."""
-        return bool(self._bulk[worker_id])
+    def is_clogged(self, worker_id: str, link_class: LinkClass) -> bool:
+        """True while something of a bulk class waits for room on the link to a member."""
+        return bool(self._bulk[worker_id, link_class])
 
     @property
     def has_backlog(self) -> bool:
-        """True while KV waits for room on a link."""
+        """True while KV or weights wait for room on a link."""
         return any(self._bulk.values())
 
     def push_bulk(self) -> None:
-        """Give the links as much of the queued KV as they take."""
-        for worker_id, frames in self._bulk.items():
+        """Give the links as much of what is queued as they take."""
+        for (worker_id, link_class), frames in self._bulk.items():
             try:
-                while frames and self._links[worker_id].send(frames[0], LinkClass.EXCHANGE):
+                while frames and self._links[worker_id].send(frames[0], link_class):
                     frames.popleft()
             except LinkDownError:
                 frames.clear()

@@ -14,6 +14,8 @@ from enum import Enum, auto
 from services.worker.engine.block_manager import BlockMove
 from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.events import EventSink, Phase, PhaseTimed, Prepared
+from services.worker.pipeline.faster_source import FasterSource
+from services.worker.pipeline.weight_courier import WeightCourier
 from services.worker.pipeline.work_pacer import WorkPacer
 from shared.layout import Span
 
@@ -37,14 +39,22 @@ class Restoration:
         num_blocks: what will be left.
     """
 
-    def __init__(self, runner: ModelRunner, emit: EventSink, epoch: int, span: Span) -> None:
-        """Begin to get `span`."""
+    def __init__(
+        self,
+        runner: ModelRunner,
+        weights: WeightCourier,
+        emit: EventSink,
+        epoch: int,
+        span: Span,
+    ) -> None:
+        """Begin to get `span`, from the checkpoint or by `weights`, whichever is faster."""
         self.epoch = epoch
         self.state = RestorationState.SHRINKING
         self.num_blocks = min(runner.num_blocks, runner.blocks_with(span))
         self._runner = runner
         self._emit = emit
         self._span = span
+        self._source = FasterSource(runner.stage.checkpoint_source, weights)
         self._pieces: Iterator[int] = iter(())
         self._num_bytes = 0
         self._began_at = time.perf_counter()
@@ -53,7 +63,7 @@ class Restoration:
     def shrunk(self, moves: Sequence[BlockMove]) -> None:
         """Blocks that are left have the lowest numbers, after these moves."""
         self._runner.shrink(self.num_blocks, moves)
-        self._pieces = self._runner.load_missing(self._span)
+        self._pieces = self._runner.load_missing(self._span, self._source)
         self._began_at = time.perf_counter()
         self.state = RestorationState.LOADING
 
@@ -68,8 +78,7 @@ class Restoration:
             return
         now = time.perf_counter()
         ends_at = now + self._pacer.grant(now)
-        while now < ends_at and self.is_busy:
-            self._load_piece()
+        while now < ends_at and self._load_piece():
             now = time.perf_counter()
         self._pacer.used(now)
 
@@ -79,12 +88,15 @@ class Restoration:
         self._runner.keep(self._runner.span)
         return self._runner.settle()
 
-    def _load_piece(self) -> None:
+    def _load_piece(self) -> bool:
+        """Load some more; False where nothing can be loaded now, or all is."""
         num_bytes = next(self._pieces, None)
         if num_bytes is not None:
             self._num_bytes += num_bytes
-            return
+            return num_bytes > 0
         self.state = RestorationState.LOADED
         seconds = time.perf_counter() - self._began_at
         self._emit(PhaseTimed(Phase.LOAD, seconds, self._num_bytes))
+        self._source.report(self._emit)
         self._emit(Prepared(self.epoch))
+        return False

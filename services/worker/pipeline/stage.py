@@ -41,6 +41,7 @@ from services.worker.pipeline.peers import GroupPeers
 from services.worker.pipeline.phase_timer import PhaseTimer
 from services.worker.pipeline.restoration import Restoration, RestorationState
 from services.worker.pipeline.rows import sampling_row
+from services.worker.pipeline.weight_courier import WeightCourier
 from services.worker.regrouping import Regrouping
 from shared.messages import unpack_token_ids
 
@@ -77,6 +78,7 @@ class FollowerStage:
         self._on_release = on_release
         self._timer = PhaseTimer(emit)
         self._courier = KvCourier(peers, runner, self._table)
+        self._weights = WeightCourier(peers, runner.stage)
         self._restoration: Restoration | None = None
         self._gone: set[KvKey] = set()
         self._early: list[HandOver] = []
@@ -122,6 +124,8 @@ class FollowerStage:
                 self._adopt(HandOver.decode(frame.header), now)
             case FrameKind.DISSOLVE:
                 self._dissolve(Dissolve.decode(frame.header))
+            case FrameKind.WEIGHTS_REQUEST | FrameKind.WEIGHTS:
+                self._weights.handle(frame)
             case _:
                 raise ValueError(f"a follower has no use for a frame of kind {frame.kind}")
 
@@ -132,22 +136,23 @@ class FollowerStage:
         elif self._state is _StageState.SERVING:
             self._offer_free()
         self._courier.pump()
+        self._weights.pump()
         self.peers.push_bulk()
 
     @property
     def is_busy(self) -> bool:
         """True while `pump` has something to do whatever arrives."""
         is_loading = self._restoration is not None and self._restoration.is_busy
-        return self.peers.has_backlog or self._courier.is_busy or is_loading
+        is_sending = self._courier.is_busy or self._weights.is_busy
+        return self.peers.has_backlog or is_sending or is_loading
 
     # --- the next layout -------------------------------------------------------------------------
 
     def prepare(self, regrouping: Regrouping) -> None:
         """Get what is needed next and is missing here, when the leader has made room."""
         own = self.peers.worker_id
-        restoration = Restoration(
-            self._runner, self._emit, regrouping.epoch, regrouping.span_after(own)
-        )
+        span = regrouping.span_after(own)
+        restoration = Restoration(self._runner, self._weights, self._emit, regrouping.epoch, span)
         self._restoration = restoration
         request = ShrinkRequest(
             worker_id=own, epoch=restoration.epoch, num_blocks=restoration.num_blocks

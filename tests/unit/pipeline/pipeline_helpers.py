@@ -97,7 +97,7 @@ class Engine:
             if isinstance(event, HandedOver):
                 self._send_requests(event)
         self.events += events
-        self.runner.unmap_stale()
+        self.runner.pool.unmap_stale(self.runner.pool.budget_bytes)
         return bool(num_frames or events or not self.core.is_waiting)
 
     def of(self, request_id: str) -> list[TokenItem]:

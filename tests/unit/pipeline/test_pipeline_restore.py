@@ -6,7 +6,7 @@ import pytest
 
 from services.worker.engine.request import Request
 from services.worker.kernels.cpu import CpuKernels
-from services.worker.pipeline.events import Prepared
+from services.worker.pipeline.events import Phase, PhaseTimed, Prepared
 from shared.layout import Span
 from tests.tiny_models import NUM_LAYERS, TinyModels
 from tests.unit.pipeline.pipeline_helpers import (
@@ -42,6 +42,9 @@ def test_streams_live_through_a_restore(
             WHOLE
         ] * num_workers
         assert [engine.runner.num_blocks for engine in cluster.engines] == blocks
+        for engine in cluster.engines:  # both sources are tried, and give the same weights
+            phases = {event.phase for event in engine.events if isinstance(event, PhaseTimed)}
+            assert {Phase.LOAD_CHECKPOINT, Phase.LOAD_PEER} <= phases
         assert [engine.core.load().kv_blocks_total for engine in cluster.engines] == blocks
 
 

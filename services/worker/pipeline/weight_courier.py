@@ -1,0 +1,163 @@
+"""Carries weights between the members of a group: from one that has a layer to one that loads it.
+
+    loads the layer                                has it
+    WeightsRequest [offset, offset + window) ----> piece by piece, between its batches
+    write what came, between batches <-- Weights --'
+    WeightsRequest of the next window ...
+
+An arena's bytes are the same on all workers that pack alike, so they travel as they are. They are
+copied before they are sent: their owner may give the layer up at any time. Engine thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+
+from services.worker.links.base import Buffer, LinkClass, LinkFrame
+from services.worker.memory.tensors import tensor_at
+from services.worker.model.plan import ArenaPlan
+from services.worker.model.stage import Stage
+from services.worker.pipeline.kv_transfer import as_buffer
+from services.worker.pipeline.messages import FrameKind, WeightsPart, WeightsRequest
+from services.worker.pipeline.peers import GroupPeers
+from services.worker.pipeline.work_pacer import WorkPacer
+from shared.errors import KunserveError
+
+_PIECE_BYTES = 1024 * 1024
+#: Asked for at once: what may lie in buffers beside the budget.
+_WINDOW_BYTES = 16 * _PIECE_BYTES
+#: A peer that sends nothing for so long is not asked any more.
+_PATIENCE_SECONDS = 2.0
+#: Share of the time that giving may take while batches run.
+_SHARE = 0.1
+
+
+class WeightsNotGivenError(KunserveError):
+    """No other member gives these weights; says why."""
+
+
+class WeightCourier:
+    """One member's side of all weights that travel in a group; an `ArenaSource`."""
+
+    def __init__(self, peers: GroupPeers, stage: Stage) -> None:
+        self._peers = peers
+        self._stage = stage
+        self._asked: deque[WeightsRequest] = deque()
+        self._serial = 0
+        self._arrived: deque[tuple[WeightsPart, Buffer]] = deque()
+        self._pacer = WorkPacer(time.perf_counter(), _SHARE)
+
+    # --- giving ----------------------------------------------------------------------------------
+
+    def handle(self, frame: LinkFrame) -> None:
+        """Take note of a request, or of weights."""
+        if frame.kind == FrameKind.WEIGHTS_REQUEST:
+            self._asked.append(WeightsRequest.decode(frame.header))
+            return
+        part = WeightsPart.decode(frame.header)
+        if part.serial == self._serial:
+            self._arrived.append((part, frame.buffers[0] if frame.buffers else b""))
+
+    @property
+    def is_busy(self) -> bool:
+        """True while `pump` has something to send."""
+        return bool(self._asked)
+
+    def pump(self) -> None:
+        """Send pieces for as long as it may take now, and as long as the links take them."""
+        if not self.is_busy:
+            return
+        now = time.perf_counter()
+        ends_at = now + self._pacer.grant(now)
+        while self._asked and now < ends_at:
+            if self._peers.is_clogged(self._asked[0].worker_id, LinkClass.RESTORE):
+                break
+            self._give(self._asked.popleft())
+            now = time.perf_counter()
+        self._pacer.used(now)
+
+    def _give(self, request: WeightsRequest) -> None:
+        """Send the first piece of what is asked for; the rest is asked for again."""
+        arena = self._stage.arena_bytes(request.arena)
+        if arena is None or (len(arena), self._stage.panel_width) != (
+            request.arena_bytes,
+            request.panel_width,
+        ):
+            error = f"{self._peers.worker_id} has no such {request.arena}"
+            refusal = WeightsPart(serial=request.serial, offset=request.start, error=error)
+            self._peers.send(request.worker_id, FrameKind.WEIGHTS, refusal)
+            return
+        end = min(request.start + _PIECE_BYTES, request.end)
+        piece = arena[request.start : end].cpu().clone()
+        part = WeightsPart(serial=request.serial, offset=request.start)
+        self._peers.send_bulk(
+            request.worker_id, LinkClass.RESTORE, FrameKind.WEIGHTS, part, as_buffer(piece)
+        )
+        if end < request.end:
+            self._asked.appendleft(request.model_copy(update={"start": end}))
+
+    # --- getting ---------------------------------------------------------------------------------
+
+    def has(self, arena_name: str) -> bool:
+        """True if another member of the group should have the arena."""
+        return self._holder(arena_name) is not None
+
+    def fill(self, arena: ArenaPlan, address: int) -> Iterator[int]:
+        """Write an arena with what another member sends; yields 0 while nothing has come.
+
+        Raises:
+            WeightsNotGivenError: nobody has it, or who has it does not send it.
+        """
+        try:
+            for start in range(0, arena.layout.nbytes, _WINDOW_BYTES):
+                end = min(start + _WINDOW_BYTES, arena.layout.nbytes)
+                self._ask(arena, start, end)
+                yield from self._write(address, end - start)
+        finally:
+            self._serial += 1  # what still comes is not wanted
+            self._arrived.clear()
+
+    def _ask(self, arena: ArenaPlan, start: int, end: int) -> None:
+        holder = self._holder(arena.name)
+        if holder is None:
+            raise WeightsNotGivenError(f"no other member has {arena.name}")
+        request = WeightsRequest(
+            serial=self._serial,
+            worker_id=self._peers.worker_id,
+            arena=arena.name,
+            arena_bytes=arena.layout.nbytes,
+            panel_width=self._stage.panel_width,
+            start=start,
+            end=end,
+        )
+        self._peers.send(holder, FrameKind.WEIGHTS_REQUEST, request)
+
+    def _write(self, address: int, num_missing: int) -> Iterator[int]:
+        heard_at = time.monotonic()
+        while num_missing > 0:
+            if self._arrived:
+                part, buffer = self._arrived.popleft()
+                if part.error:
+                    raise WeightsNotGivenError(part.error)
+                source = torch.frombuffer(buffer, dtype=torch.uint8)
+                tensor_at(
+                    address + part.offset, (len(source),), torch.uint8, self._stage.device
+                ).copy_(source)
+                num_missing -= len(source)
+                heard_at = time.monotonic()
+                yield len(source)
+            elif time.monotonic() - heard_at > _PATIENCE_SECONDS:
+                raise WeightsNotGivenError(f"nothing came for {_PATIENCE_SECONDS:g} s")
+            else:
+                yield 0
+
+    def _holder(self, arena_name: str) -> str | None:
+        for member in self._peers.group.members:
+            is_here = member.worker_id == self._peers.worker_id
+            if not is_here and arena_name in self._stage.arena_names(member.span):
+                return member.worker_id
+        return None
