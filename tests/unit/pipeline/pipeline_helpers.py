@@ -143,6 +143,7 @@ class Cluster:
 
     engines: list[Engine]
     transport: Transport = Transport.SHM
+    bandwidth: float | None = None  # of each link, in bytes per second
     plan: Plan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -239,7 +240,7 @@ class Cluster:
         by_name = {engine.worker_id: engine for engine in self.engines}
         for group in self.plan.groups:
             for near, far in combinations([m.worker_id for m in group.members], 2):
-                pair = _link(by_name[near], by_name[far], self.transport, group)
+                pair = _link(by_name[near], by_name[far], self.transport, self.bandwidth, group)
                 links[near][far], links[far][near] = pair
         return links
 
@@ -344,6 +345,7 @@ def open_cluster(
     kernels: CpuKernels,
     num_workers: int = 2,
     transport: Transport = Transport.SHM,
+    bandwidth: float | None = None,
     memory_bytes: int = BUDGET_BYTES,
     **engine: int,
 ) -> Iterator[Cluster]:
@@ -356,11 +358,11 @@ def open_cluster(
         engines = [make_engine(n, r, **engine) for n, r in zip(names, runners, strict=True)]
         for each in engines:
             stack.callback(each.member.close)
-        yield Cluster(engines, transport)
+        yield Cluster(engines, transport, bandwidth)
 
 
 def _link(
-    near: Engine, far: Engine, transport: Transport, group: GroupPlan
+    near: Engine, far: Engine, transport: Transport, bandwidth: float | None, group: GroupPlan
 ) -> tuple[StreamLink, StreamLink]:
     near_socket, far_socket = connected_sockets(transport)
     memory = create_ring_memory()
@@ -369,7 +371,7 @@ def _link(
         make_stream(transport, far_socket, memory, is_acceptor=True),
     )
     os.close(memory)
-    config = LinkConfig(silence_seconds=30.0)
+    config = LinkConfig(bandwidth_bytes_per_second=bandwidth, silence_seconds=30.0)
     links = tuple(
         StreamLink(
             stream,
