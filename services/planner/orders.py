@@ -48,6 +48,8 @@ def _drop(wish: AdminRequest, inputs: Inputs, candidates: list[Candidate]) -> Ta
     named = [candidate for candidate in candidates if _is_named(candidate, wish)]
     if not wish.workers:
         dropped = _drop_everywhere(inputs, candidates)
+    elif len(named) == 1 and len(set(wish.workers)) > 1:
+        raise OrderError(f"{', '.join(wish.workers)} serve in one pipeline already")
     elif len(named) == 1:
         dropped = _drop_with_partner(inputs, candidates, named[0])
     else:
@@ -57,7 +59,7 @@ def _drop(wish: AdminRequest, inputs: Inputs, candidates: list[Candidate]) -> Ta
             needed_ratio=needed_ratio(inputs),
         )
     if dropped is None:
-        raise OrderError("nothing can be dropped: there are no two groups that fit together")
+        raise OrderError(f"nothing can be dropped: {_why_not_dropped(candidates)}")
     capacity = sum(candidate.capacity_blocks for candidate in candidates)
     return Target(
         rule=Rule.ORDERED,
@@ -99,7 +101,7 @@ def _restore(wish: AdminRequest, inputs: Inputs, plan: Plan, candidates: list[Ca
     chosen = {c.group.group_id for c in candidates if not wish.workers or _is_named(c, wish)}
     restored = plan_whole(candidates, chosen)
     if restored is None:
-        raise OrderError("nothing can be restored: no such worker is part of a pipeline")
+        raise OrderError(f"nothing can be restored: {_why_not_restored(wish)}")
     hold: Hold | None
     if wish.hold_seconds is not None:
         hold = Hold(kind=HoldKind.NO_DROP, until=_until(wish, inputs))
@@ -114,6 +116,20 @@ def _restore(wish: AdminRequest, inputs: Inputs, plan: Plan, candidates: list[Ca
         cause=f"an operator asked for it: KV blocks {capacity} -> {restored.capacity_blocks}",
         hold=hold,
     )
+
+
+def _why_not_dropped(candidates: list[Candidate]) -> str:
+    if len(candidates) > 1:
+        return "there are no two groups that fit together"
+    is_alone = len(candidates[0].members) == 1 if candidates else True
+    return "there is only one worker" if is_alone else "all workers serve in one pipeline already"
+
+
+def _why_not_restored(wish: AdminRequest) -> str:
+    if not wish.workers:
+        return "every worker holds every layer already"
+    names = ", ".join(wish.workers)
+    return f"{names} already {'hold' if len(wish.workers) > 1 else 'holds'} every layer"
 
 
 def _until(wish: AdminRequest, inputs: Inputs) -> float | None:
