@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from services.worker.kernels.ops import HeadNorms, RotatedBatch
-from services.worker.model.batch import ForwardBatch
+from services.worker.kernels.ops import HeadNorms, PagedBatch
 from tests import oracles
 
 
@@ -24,7 +23,7 @@ class TorchOps:
     def rope_and_store(
         self,
         qkv: torch.Tensor,
-        rotated: RotatedBatch,
+        batch: PagedBatch,
         norms: HeadNorms | None,
         kv_cache: torch.Tensor,
     ) -> None:
@@ -35,18 +34,18 @@ class TorchOps:
         if norms is not None:
             query = _normalised(query, norms.query, norms.eps)
             key = _normalised(key, norms.key, norms.eps)
-        heads[:, :num_heads] = _rotated(query, rotated)
-        slots = rotated.batch.slot_mapping
+        heads[:, :num_heads] = _rotated(query, batch)
+        slots = batch.slot_mapping
         is_stored = slots >= 0
         blocks, offsets = slots[is_stored] // block_size, slots[is_stored] % block_size
-        kv_cache[blocks, 0, offsets] = _rotated(key, rotated)[is_stored]
+        kv_cache[blocks, 0, offsets] = _rotated(key, batch)[is_stored]
         kv_cache[blocks, 1, offsets] = value[is_stored]
 
     def attention(
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        batch: ForwardBatch,
+        batch: PagedBatch,
         scale: float,
         sliding_window: int,
         out: torch.Tensor,
@@ -70,8 +69,8 @@ def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
     return (values * scale).to(x.dtype) * weight
 
 
-def _rotated(heads: torch.Tensor, rotated: RotatedBatch) -> torch.Tensor:
+def _rotated(heads: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
     low, high = heads.float().chunk(2, dim=-1)
     turned = torch.cat((-high, low), dim=-1)
-    cos, sin = rotated.cos[:, None], rotated.sin[:, None]
+    cos, sin = batch.cos[:, None], batch.sin[:, None]
     return (heads.float() * cos + turned * sin).to(heads.dtype)

@@ -15,12 +15,38 @@ from services.worker.model.batch import ForwardBatch
 
 
 @dataclass(frozen=True, slots=True)
-class RotatedBatch:
-    """A batch and the rotary embedding of its positions."""
+class PagedBatch:
+    """A batch as layers see it, with the rotary embedding of its positions.
 
-    batch: ForwardBatch
+    The numbers are known on the host and may be larger ranges than the tensors': a kernel's grid
+    depends on them, its results do not.
+    """
+
     cos: torch.Tensor  # [num_tokens, head_dim] fp32, the halves equal
     sin: torch.Tensor  # [num_tokens, head_dim] fp32
+    slot_mapping: torch.Tensor  # [num_tokens] int64; negative: not stored
+    block_table: torch.Tensor  # [num_seqs, max_blocks] int32
+    cu_seqlens_q: torch.Tensor  # [num_seqs + 1] int32
+    seqused_k: torch.Tensor  # [num_seqs] int32
+    min_seqlen_q: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    @classmethod
+    def of(cls, batch: ForwardBatch, cos: torch.Tensor, sin: torch.Tensor) -> PagedBatch:
+        """`batch` with cos and sin of its tokens."""
+        lengths = [chunk.num_tokens for chunk in batch.chunks]
+        return cls(
+            cos,
+            sin,
+            batch.slot_mapping,
+            batch.block_table,
+            batch.cu_seqlens_q,
+            batch.seqused_k,
+            min_seqlen_q=min(lengths),
+            max_seqlen_q=max(lengths),
+            max_seqlen_k=batch.end_position,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +82,7 @@ class LayerOps(Protocol):
     def rope_and_store(
         self,
         qkv: torch.Tensor,  # [num_tokens, (num_heads + 2 num_kv_heads) * head_dim]
-        rotated: RotatedBatch,
+        batch: PagedBatch,
         norms: HeadNorms | None,
         kv_cache: torch.Tensor,  # [blocks, 2, block_size, num_kv_heads, head_dim]
     ) -> None:
@@ -70,7 +96,7 @@ class LayerOps(Protocol):
         self,
         query: torch.Tensor,  # [num_tokens, num_heads, head_dim]; tokens may be strided
         kv_cache: torch.Tensor,  # [blocks, 2, block_size, num_kv_heads, head_dim]
-        batch: ForwardBatch,
+        batch: PagedBatch,
         scale: float,
         sliding_window: int,
         out: torch.Tensor,  # [num_tokens, num_heads, head_dim]

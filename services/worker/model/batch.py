@@ -56,21 +56,6 @@ class ForwardBatch:
             logits_rows=self.logits_rows.to(device, non_blocking=True),
         )
 
-    @property
-    def min_seqlen_q(self) -> int:
-        """Tokens of the shortest slice."""
-        return min(chunk.num_tokens for chunk in self.chunks)
-
-    @property
-    def max_seqlen_q(self) -> int:
-        """Tokens of the longest slice."""
-        return max(chunk.num_tokens for chunk in self.chunks)
-
-    @property
-    def max_seqlen_k(self) -> int:
-        """At least the largest `seqused_k`."""
-        return self.end_position
-
 
 def make_batch(slices: Sequence[SequenceSlice], block_size: int) -> ForwardBatch:
     """Lay out the slices of a step, in the order given. In NumPy: tensors this small cost more."""

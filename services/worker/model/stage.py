@@ -21,7 +21,6 @@ from services.worker.memory.tensors import tensor_at
 from services.worker.model.arena_source import ArenaSource, CheckpointSource
 from services.worker.model.batch import ForwardBatch
 from services.worker.model.checkpoint import EMBEDDING, FINAL_NORM, WeightSource
-from services.worker.model.layers.base import DecoderLayer
 from services.worker.model.plan import ArenaPlan, ModelPlan
 from services.worker.model.rotary import RotaryTable
 from shared.layout import Span
@@ -53,7 +52,7 @@ class Stage:
         self._rotary = RotaryTable(plan.config, kernels.device)
         self._addresses: dict[str, int] = {}  # of every arena ever loaded; they never move
         self._resident: set[str] = set()  # arenas that are mapped and filled
-        self._layers: dict[int, DecoderLayer[Any]] = {}  # resident ones
+        self._layers: dict[int, Any] = {}  # resident ones
         max_blocks = pool.budget_bytes // plan.kv_block_bytes
         self._kv_caches: dict[int, torch.Tensor] = {}
         for layer in range(span.start, span.end):
@@ -171,11 +170,11 @@ class Stage:
             ValueError: a layer of `span` is not loaded.
         """
         cos, sin = self._rotary.rows(batch.positions, batch.end_position)
-        step = self._plan.layers.prepare(batch, cos, sin)
-        for layer in range(span.start, span.end):
-            if layer not in self._layers:
-                raise ValueError(f"layer {layer} is not loaded")
-            self._layers[layer].forward(hidden, step)
+        missing = set(range(span.start, span.end)) - self._layers.keys()
+        if missing:
+            raise ValueError(f"layer {min(missing)} is not loaded")
+        layers = [self._layers[layer] for layer in range(span.start, span.end)]
+        self._plan.layers.run(layers, span.start, hidden, batch, cos, sin)
 
     def logits(
         self,

@@ -8,8 +8,8 @@ from typing import Self
 import pytest
 import torch
 
-from services.worker.kernels.ops import HeadNorms, RotatedBatch
-from services.worker.model.batch import ForwardBatch, SequenceSlice, make_batch
+from services.worker.kernels.ops import HeadNorms, PagedBatch
+from services.worker.model.batch import SequenceSlice, make_batch
 from tests.torch_ops import TorchOps
 from tests.triton_device import DEVICE, DTYPES
 
@@ -24,11 +24,17 @@ SINGLES = [(0, 1), (255, 1), (256, 1), (530, 1)]
 MIXED = [(63, 1), (0, 20), (300, 1), (270, 4), (5, 1)]
 
 
+def paged_batch(slices: list[SequenceSlice], head_dim: int) -> PagedBatch:
+    batch = make_batch(slices, BLOCK_SIZE).to(DEVICE)
+    angles = torch.randn(len(batch.token_ids), head_dim // 2).repeat(1, 2).to(DEVICE)
+    return PagedBatch.of(batch, angles.cos(), angles.sin())
+
+
 @dataclass(frozen=True)
 class Pages:
     """Sequences with random KV in shuffled blocks; what is not stored is NaN."""
 
-    batch: ForwardBatch
+    batch: PagedBatch
     kv_cache: torch.Tensor
 
     @classmethod
@@ -53,8 +59,7 @@ class Pages:
             SequenceSlice([1] * length, start, table, True)
             for (start, length), table in zip(sequences, tables, strict=True)
         ]
-        batch = make_batch(slices, BLOCK_SIZE).to(DEVICE)
-        return cls(batch, cache.to(DEVICE, dtype))
+        return cls(paged_batch(slices, head_dim), cache.to(DEVICE, dtype))
 
 
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -80,7 +85,7 @@ def test_attention_is_that_of_torch(
     dtype: torch.dtype,
 ) -> None:
     pages = Pages.make(sequences, kv_heads, head_dim, dtype)
-    qkv = random(len(pages.batch.token_ids), heads + 1, head_dim, dtype=dtype)
+    qkv = random(len(pages.batch.slot_mapping), heads + 1, head_dim, dtype=dtype)
     query = qkv[:, :heads]  # tokens lie further apart than their heads take
     actual = torch.full(query.shape, torch.nan, device=DEVICE, dtype=dtype)
     expected = torch.empty_like(actual)
@@ -101,12 +106,12 @@ def test_a_long_sequence_is_divided_more_coarsely() -> None:
 
 def test_a_single_token_has_the_same_bits_alone_and_in_any_batch() -> None:
     pages = Pages.make(MIXED, 2, 32, torch.float32)
-    query = random(len(pages.batch.token_ids), 4, 32, dtype=torch.float32)
+    query = random(len(pages.batch.slot_mapping), 4, 32, dtype=torch.float32)
     together, alone = torch.empty_like(query), torch.empty_like(query[:1])
     ops = TritonOps()
     ops.attention(query, pages.kv_cache, pages.batch, 0.2, 0, together)
     table = pages.batch.block_table[2].tolist()
-    batch = make_batch([SequenceSlice([1], 300, table, True)], BLOCK_SIZE).to(DEVICE)
+    batch = paged_batch([SequenceSlice([1], 300, table, True)], 32)
     row = int(pages.batch.cu_seqlens_q[2])
     ops.attention(query[row : row + 1], pages.kv_cache, batch, 0.2, 0, alone)
     assert torch.equal(together[row], alone[0])
@@ -117,17 +122,15 @@ def test_a_single_token_has_the_same_bits_alone_and_in_any_batch() -> None:
 def test_rope_and_store_is_that_of_torch(dtype: torch.dtype, has_norms: bool) -> None:
     heads, kv_heads, head_dim = 3, 2, 48
     pages = Pages.make([(18, 1), (0, 3)], kv_heads, head_dim, dtype)
-    num_tokens = len(pages.batch.token_ids)
+    num_tokens = len(pages.batch.slot_mapping)
     pages.batch.slot_mapping[1] = -1
-    angles = torch.randn(num_tokens, head_dim // 2).repeat(1, 2).to(DEVICE)
-    rotated = RotatedBatch(pages.batch, angles.cos(), angles.sin())
     query_norm, key_norm = random(head_dim, dtype=dtype), random(head_dim, dtype=dtype)
     norms = HeadNorms(query_norm, key_norm, 1e-5) if has_norms else None
     qkv = random(num_tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     results = []
     for ops in (TritonOps(), TorchOps()):
         own_qkv, own_cache = qkv.clone(), pages.kv_cache.clone()
-        ops.rope_and_store(own_qkv, rotated, norms, own_cache)
+        ops.rope_and_store(own_qkv, pages.batch, norms, own_cache)
         results.append((own_qkv[:, : heads * head_dim], own_cache))
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected)

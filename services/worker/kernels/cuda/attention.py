@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from services.worker.model.batch import ForwardBatch
+from services.worker.kernels.ops import PagedBatch
 
 _LOG2_E = 1.4426950408889634
 _MIN_ROWS = 16  # of a tile, for tensor cores
@@ -32,7 +32,7 @@ _MIN_SPLIT_KEYS = 256
 def attend(
     query: torch.Tensor,  # [num_tokens, num_heads, head_dim]; tokens may be strided
     kv_cache: torch.Tensor,  # [blocks, 2, block_size, num_kv_heads, head_dim]
-    batch: ForwardBatch,
+    batch: PagedBatch,
     scale: float,
     sliding_window: int,
     out: torch.Tensor,  # [num_tokens, num_heads, head_dim]
@@ -54,7 +54,7 @@ def attend(
 def _launch(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
-    batch: ForwardBatch,
+    batch: PagedBatch,
     scale: float,
     sliding_window: int,
     out: torch.Tensor,
@@ -106,7 +106,7 @@ def _launch(
     )
 
 
-def _merge(batch: ForwardBatch, sliding_window: int, out: torch.Tensor, partial: _Partial) -> None:
+def _merge(batch: PagedBatch, sliding_window: int, out: torch.Tensor, partial: _Partial) -> None:
     _, num_heads, head_dim = out.shape
     merge_kernel[(batch.seqused_k.shape[0], num_heads)](
         partial.out,
@@ -129,7 +129,7 @@ def _merge(batch: ForwardBatch, sliding_window: int, out: torch.Tensor, partial:
 class _Partial:
     """What single tokens leave between their two kernels; fp32."""
 
-    def __init__(self, query: torch.Tensor, batch: ForwardBatch, num_splits: int) -> None:
+    def __init__(self, query: torch.Tensor, batch: PagedBatch, num_splits: int) -> None:
         _, num_heads, head_dim = query.shape
         num_seqs = batch.seqused_k.shape[0] if batch.min_seqlen_q == 1 else 0
         rows = (num_seqs, num_heads, num_splits)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from services.worker.kernels.ops import HeadNorms, RotatedBatch
+from services.worker.kernels.ops import HeadNorms, PagedBatch
 
 _ACTIVATION_TILE = 1024
 
@@ -44,9 +44,9 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:  # [rows, 2 size
 
 
 def rope_and_store(
-    qkv: torch.Tensor,  # [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], q rotated in place
+    qkv: torch.Tensor,  # [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], q batch in place
     kv_cache: torch.Tensor,  # [blocks, 2, block_size, num_kv_heads, head_dim]
-    rotated: RotatedBatch,
+    batch: PagedBatch,
     norms: HeadNorms | None,
 ) -> None:
     """(Normalise and) rotate q and k, and store k and v at their slots of the layer's KV."""
@@ -56,9 +56,9 @@ def rope_and_store(
     rope_and_store_kernel[(num_tokens, num_rows)](
         qkv,
         kv_cache,
-        rotated.batch.slot_mapping,
-        rotated.cos,
-        rotated.sin,
+        batch.slot_mapping,
+        batch.cos,
+        batch.sin,
         qkv if norms is None else norms.query,
         qkv if norms is None else norms.key,
         0.0 if norms is None else norms.eps,

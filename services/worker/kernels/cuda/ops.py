@@ -6,8 +6,7 @@ import torch
 
 from services.worker.kernels.cuda.attention import attend
 from services.worker.kernels.cuda.elementwise import rms_norm, rope_and_store, silu_mul
-from services.worker.kernels.ops import HeadNorms, RotatedBatch
-from services.worker.model.batch import ForwardBatch
+from services.worker.kernels.ops import HeadNorms, PagedBatch
 
 
 class TritonOps:
@@ -26,18 +25,18 @@ class TritonOps:
     def rope_and_store(
         self,
         qkv: torch.Tensor,
-        rotated: RotatedBatch,
+        batch: PagedBatch,
         norms: HeadNorms | None,
         kv_cache: torch.Tensor,
     ) -> None:
         """(Normalise and) rotate q in place and k, and store k and v at their slots."""
-        rope_and_store(qkv, kv_cache, rotated, norms)
+        rope_and_store(qkv, kv_cache, batch, norms)
 
     def attention(
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        batch: ForwardBatch,
+        batch: PagedBatch,
         scale: float,
         sliding_window: int,
         out: torch.Tensor,

@@ -1,16 +1,17 @@
-"""The interface of a decoder layer, and of what stores and makes the layers of one model.
+"""The interface of what stores, makes and runs the decoder layers of one model.
 
-    DecoderLayers  one per model: what the arena of a layer holds
-         | make(layer, arena, kv_cache)        | prepare(batch, cos, sin), once per step
-    DecoderLayer   one per resident layer: forward(hidden, step), in place
+    DecoderLayers    one per model: what the arena of a layer holds
+      make(layer, arena, kv_cache) --> a layer on a filled arena
+      run([layers], hidden, batch)     some in a row, in place
 
-`Stage` knows only these two; what `prepare` makes of a batch is between the layers of one kind.
-Implementations: `llama.py` (fused CPU kernels), `transformers_layer.py` (Hugging Face's own module,
-for the architectures beyond the Llama family) and `torch_llama.py` (CUDA); `factory.py` chooses.
+`Stage` knows only this; what a layer is, is between the methods of one implementation. `llama.py`
+(fused CPU kernels), `transformers_layer.py` (Hugging Face's own module, for the architectures
+beyond the Llama family) and `torch_llama.py` (CUDA); `factory.py` chooses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -18,37 +19,15 @@ import torch
 from services.worker.model.arena import ArenaLayout
 from services.worker.model.batch import ForwardBatch
 
-StepT = TypeVar("StepT")
-StepT_contra = TypeVar("StepT_contra", contravariant=True)
+LayerT = TypeVar("LayerT")
 
 
-class DecoderLayer(Protocol[StepT_contra]):
-    """A layer whose weights are in memory."""
-
-    def forward(
-        self,
-        hidden: torch.Tensor,  # [num_tokens, hidden], overwritten with the result
-        batch: StepT_contra,
-    ) -> None:
-        """Run the layer; writes the KV of the batch's tokens."""
-        ...
-
-
-class DecoderLayers(Protocol[StepT]):
-    """How the decoder layers of one model are stored and made; all have the same layout."""
+class DecoderLayers(Protocol[LayerT]):
+    """How the decoder layers of one model are stored, made and run; all have the same layout."""
 
     @property
     def layout(self) -> ArenaLayout:
         """The arena of a layer; its sources are the short names of `layer_shapes`."""
-        ...
-
-    def prepare(
-        self,
-        batch: ForwardBatch,
-        cos: torch.Tensor,  # [num_tokens, head_dim] fp32, the halves equal
-        sin: torch.Tensor,  # [num_tokens, head_dim] fp32
-    ) -> StepT:
-        """What the layers of a step are given of its batch."""
         ...
 
     def make(
@@ -56,10 +35,22 @@ class DecoderLayers(Protocol[StepT]):
         layer: int,
         arena_address: int,
         kv_cache: torch.Tensor,  # [blocks, 2, block_size, num_kv_heads, head_dim]
-    ) -> DecoderLayer[StepT]:
+    ) -> LayerT:
         """Decoder layer `layer` on a filled arena.
 
         Args:
             kv_cache: the layer's whole range; only blocks that are mapped may be touched.
         """
+        ...
+
+    def run(
+        self,
+        layers: Sequence[LayerT],
+        start: int,
+        hidden: torch.Tensor,  # [num_tokens, hidden], overwritten with the result
+        batch: ForwardBatch,
+        cos: torch.Tensor,  # [num_tokens, head_dim] fp32, the halves equal
+        sin: torch.Tensor,  # [num_tokens, head_dim] fp32
+    ) -> None:
+        """Run neighbouring layers, the first of which is `start`; writes the batch's KV."""
         ...

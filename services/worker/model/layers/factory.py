@@ -8,6 +8,7 @@ from services.worker.attention.cpu import CpuAttention
 from services.worker.kernels.cpu import MAX_HEAD_DIM, MAX_HEADS_PER_KV_HEAD, CpuKernels
 from services.worker.kernels.torch_kernels import TorchKernels
 from services.worker.model.config import Architecture, ModelConfig
+from services.worker.model.graphs import CudaCapture, DecodeGraphs
 from services.worker.model.layers import llama, torch_llama, transformers_layer
 from services.worker.model.layers.base import DecoderLayers
 from shared.errors import ConfigError
@@ -32,7 +33,10 @@ def make_decoder_layers(
     """
     if isinstance(kernels, TorchKernels):
         _check_architecture(config)
-        return torch_llama.TorchLlamaLayers(config, kernels)
+        graphs = None
+        if kernels.device.type == "cuda":
+            graphs = DecodeGraphs(config, kernels, CudaCapture())
+        return torch_llama.TorchLlamaLayers(config, kernels, graphs)
     _check_dimensions(config)
     if config.architecture.is_llama_family:
         return llama.LlamaLayers(config, kernels, max_num_tokens)

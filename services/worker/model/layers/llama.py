@@ -8,6 +8,7 @@ same configuration is its oracle in `tests/unit/model/test_stage.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ _DOWN = ("mlp.down_proj",)
 
 @dataclass(frozen=True, slots=True)
 class LlamaLayer:
-    """A resident layer. Implements `DecoderLayer`."""
+    """A resident layer."""
 
     kernels: CpuKernels
     geometry: LayerGeometry
@@ -63,9 +64,19 @@ class LlamaLayers:
         """The arena of a layer."""
         return self._layout
 
-    def prepare(self, batch: ForwardBatch, cos: torch.Tensor, sin: torch.Tensor) -> AttentionBatch:
-        """The batch as the kernels take it."""
-        return attention_batch(batch, cos, sin)
+    def run(
+        self,
+        layers: Sequence[LlamaLayer],
+        start: int,
+        hidden: torch.Tensor,  # [num_tokens, hidden], overwritten with the result
+        batch: ForwardBatch,
+        cos: torch.Tensor,  # [num_tokens, head_dim] fp32, the halves equal
+        sin: torch.Tensor,  # [num_tokens, head_dim] fp32
+    ) -> None:
+        """Run neighbouring layers; writes the batch's KV."""
+        step = attention_batch(batch, cos, sin)
+        for layer in layers:
+            layer.forward(hidden, step)
 
     def make(
         self,

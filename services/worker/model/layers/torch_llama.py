@@ -11,15 +11,17 @@ graph. The type is that of the weights; sums are fp32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from services.worker.kernels.ops import HeadNorms, LayerOps, RotatedBatch
+from services.worker.kernels.ops import HeadNorms, LayerOps, PagedBatch
 from services.worker.kernels.torch_kernels import TorchKernels
 from services.worker.model.arena import ArenaLayout
 from services.worker.model.batch import ForwardBatch
 from services.worker.model.config import ModelConfig
+from services.worker.model.graphs import DecodeGraphs
 from services.worker.model.layers.llama import layer_parts
 
 
@@ -56,7 +58,7 @@ class TorchLlamaWeights:
 
 @dataclass(frozen=True, slots=True)
 class TorchLlamaLayer:
-    """A resident layer. Implements `DecoderLayer`."""
+    """A resident layer."""
 
     config: ModelConfig
     ops: LayerOps
@@ -67,7 +69,7 @@ class TorchLlamaLayer:
     def forward(
         self,
         hidden: torch.Tensor,  # [num_tokens, hidden], overwritten with the result
-        batch: RotatedBatch,
+        batch: PagedBatch,
     ) -> None:
         """Run the layer; writes the KV of the batch's tokens."""
         normed = torch.empty_like(hidden)
@@ -81,24 +83,26 @@ class TorchLlamaLayer:
         self.ops.silu_mul(gate_up, activated)
         self.weights.down.add_to(hidden, activated)
 
-    def _attend(self, normed: torch.Tensor, batch: RotatedBatch) -> torch.Tensor:
+    def _attend(self, normed: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
         """What all heads give `[num_tokens, num_heads * head_dim]`."""
         num_heads, head_dim = self.config.num_heads, self.config.head_dim
         qkv = self.weights.qkv(normed)
         self.ops.rope_and_store(qkv, batch, self.weights.head_norms, self.kv_cache)
         query = qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
         out = qkv.new_empty(len(qkv), num_heads, head_dim)
-        self.ops.attention(
-            query, self.kv_cache, batch.batch, head_dim**-0.5, self.sliding_window, out
-        )
+        self.ops.attention(query, self.kv_cache, batch, head_dim**-0.5, self.sliding_window, out)
         return out.flatten(1)
 
 
 class TorchLlamaLayers:
     """The layers of one model of the family. Implements `DecoderLayers`."""
 
-    def __init__(self, config: ModelConfig, kernels: TorchKernels) -> None:
+    def __init__(
+        self, config: ModelConfig, kernels: TorchKernels, graphs: DecodeGraphs | None
+    ) -> None:
+        """Run batches of single tokens with `graphs`, where there are some that serve them."""
         self._config = config
+        self._graphs = graphs
         self._ops = kernels.ops
         self._layout = ArenaLayout(layer_parts(config), kernels)
 
@@ -106,10 +110,6 @@ class TorchLlamaLayers:
     def layout(self) -> ArenaLayout:
         """The arena of a layer."""
         return self._layout
-
-    def prepare(self, batch: ForwardBatch, cos: torch.Tensor, sin: torch.Tensor) -> RotatedBatch:
-        """The batch with its rotary embedding."""
-        return RotatedBatch(batch, cos, sin)
 
     def make(
         self,
@@ -125,6 +125,23 @@ class TorchLlamaLayers:
             kv_cache,
             self._config.window_of_layer(layer) or 0,
         )
+
+    def run(
+        self,
+        layers: Sequence[TorchLlamaLayer],
+        start: int,
+        hidden: torch.Tensor,  # [num_tokens, hidden], overwritten with the result
+        batch: ForwardBatch,
+        cos: torch.Tensor,  # [num_tokens, head_dim] fp32, the halves equal
+        sin: torch.Tensor,  # [num_tokens, head_dim] fp32
+    ) -> None:
+        """Run neighbouring layers; writes the batch's KV."""
+        paged = PagedBatch.of(batch, cos, sin)
+        if self._graphs is not None and self._graphs.serves(paged):
+            self._graphs.run([layer.forward for layer in layers], start, hidden, paged)
+            return
+        for layer in layers:
+            layer.forward(hidden, paged)
 
 
 def _weights(config: ModelConfig, layout: ArenaLayout, arena_address: int) -> TorchLlamaWeights:

@@ -19,6 +19,7 @@ and torch must run with one thread (`services/worker/build.py`), so that there n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +96,7 @@ class PackedLinear(nn.Module):
 
 
 class TransformersLayer:
-    """A resident layer. Implements `DecoderLayer`."""
+    """A resident layer."""
 
     def __init__(
         self, module: nn.Module, attention: PagedAttention, kv_cache: torch.Tensor
@@ -144,9 +145,19 @@ class TransformersLayers:
         """The arena of a layer."""
         return self._layout
 
-    def prepare(self, batch: ForwardBatch, cos: torch.Tensor, sin: torch.Tensor) -> AttentionBatch:
-        """The batch as the kernels take it."""
-        return attention_batch(batch, cos, sin)
+    def run(
+        self,
+        layers: Sequence[TransformersLayer],
+        start: int,
+        hidden: torch.Tensor,  # [num_tokens, hidden], overwritten with the result
+        batch: ForwardBatch,
+        cos: torch.Tensor,  # [num_tokens, head_dim] fp32, the halves equal
+        sin: torch.Tensor,  # [num_tokens, head_dim] fp32
+    ) -> None:
+        """Run neighbouring layers; writes the batch's KV."""
+        step = attention_batch(batch, cos, sin)
+        for layer in layers:
+            layer.forward(hidden, step)
 
     def make(
         self,
