@@ -42,6 +42,13 @@ class BlockMove(NamedTuple):
     destination: int
 
 
+class BlockSwap(NamedTuple):
+    """Blocks `high` and `low` change places: `high` holds KV, `low` may be free."""
+
+    high: int
+    low: int
+
+
 class BlockManager:
     """Allocator of `num_blocks` blocks of `block_size` tokens each."""
 
@@ -147,6 +154,28 @@ class BlockManager:
         self._free = low_free
         self._num_blocks = num_blocks
         return moves
+
+    def bring_forward(
+        self, first: Iterable[BlockOwner], owners: Iterable[BlockOwner]
+    ) -> list[BlockSwap]:
+        """Give those of `first` the lowest ids, by swapping as few as possible.
+
+        Tables are rewritten at once; before the next batch the caller swaps the KV. No id is in two
+        swaps, and `low` may be free. May only be called while no batch is in flight.
+
+        Args:
+            owners: everybody who holds blocks, `first` included.
+        """
+        chosen = {block for owner in first for block in owner.block_table}
+        high = sorted(block for block in chosen if block >= len(chosen))
+        low = [block for block in range(len(chosen)) if block not in chosen]
+        swaps = [BlockSwap(*pair) for pair in zip(high, low, strict=True)]
+        renamed = dict(swaps) | {low: high for high, low in swaps}
+        for owner in owners:
+            owner.block_table[:] = [renamed.get(block, block) for block in owner.block_table]
+        self._free = [renamed.get(block, block) for block in self._free]
+        heapq.heapify(self._free)
+        return swaps
 
     def check_integrity(self, owners: Iterable[BlockOwner]) -> None:
         """Check that every block is free or belongs to exactly one of `owners`.

@@ -11,7 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from services.worker.engine.block_manager import BlockIntegrityError, BlockManager, BlockMove
+from services.worker.engine.block_manager import (
+    BlockIntegrityError,
+    BlockManager,
+    BlockMove,
+    BlockOwner,
+    BlockSwap,
+)
 from services.worker.engine.releases import Releases
 from services.worker.engine.request import Request
 from services.worker.engine.routes import Route, WorkerId
@@ -217,6 +223,16 @@ class GroupBlocks:
         if moves is None:
             raise StageCapacityError(f"requests hold more than {num_blocks} blocks")
         return moves
+
+    def bring_forward(
+        self, first: Iterable[BlockOwner], requests: Iterable[Request]
+    ) -> list[BlockSwap]:
+        """Give those of `first` this worker's lowest ids; see `BlockManager.bring_forward`.
+
+        Args:
+            requests: all own requests.
+        """
+        return self._local.bring_forward(first, (*requests, *self.stage.owners))
 
     # --- integrity -------------------------------------------------------------------------------
 

@@ -61,6 +61,20 @@ class Relocation:
         """What each parked or exchanging request waits for."""
         return self._pool.exchanges
 
+    @property
+    def homes(self) -> dict[WorkerId, list[Request]]:
+        """Requests whose KV has to travel, or may have to again, by the workers it lies on."""
+        homes: dict[WorkerId, list[Request]] = {}
+        for exchange in self._pool.exchanges.values():
+            for worker_id in exchange.origin.worker_ids:
+                homes.setdefault(worker_id, []).append(exchange.request)
+        return homes
+
+    def lacks_room(self, max_in_progress: int) -> bool:
+        """True if a request is parked that `start_exchanges` would start if it had room."""
+        pool = self._pool
+        return len(pool.parked) > 0 and len(pool.exchanging) < max_in_progress
+
     # --- the layout changes ----------------------------------------------------------------------
 
     def enter(self, route: Route) -> None:

@@ -11,7 +11,7 @@ change by differences only, and the books of worker and leaders agree in whateve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from services.worker.engine.block_manager import BlockIntegrityError, BlockManager
@@ -65,6 +65,10 @@ class StageBlocks:
     def owners(self) -> Sequence[_Held]:
         """Everybody here, as owners of blocks."""
         return tuple(self._held.values())
+
+    def owners_of(self, keys: Iterable[KvKey]) -> Sequence[_Held]:
+        """Those of `keys` that have blocks here, as owners."""
+        return tuple(self._held[key] for key in keys if key in self._held)
 
     def lend(self, num_blocks: int) -> None:
         """Grant `num_blocks` more; the leader is to be told (`GroupBlocks.add_capacity`).

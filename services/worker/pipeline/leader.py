@@ -47,6 +47,7 @@ from services.worker.pipeline.messages import (
 from services.worker.pipeline.peers import GroupPeers
 from services.worker.pipeline.phase_timer import PhaseTimer
 from services.worker.pipeline.restoration import Restoration
+from services.worker.pipeline.retreat import Retreats
 from services.worker.pipeline.rows import microbatch
 from services.worker.pipeline.weight_courier import WeightCourier
 from services.worker.regrouping import Regrouping
@@ -80,6 +81,7 @@ class PipelineLeader:
         self._weights = WeightCourier(peers, runner.stage)
         self._in_flight: dict[int, SchedulerOutput] = {}
         self._num_orders = 0
+        self._retreats = Retreats(peers, runner, scheduler)
         self._awaited = set(peers.followers)  # have not handed over yet
         self._preparation: LeaderPreparation | None = None
         self._departure: Departure | None = None
@@ -309,6 +311,11 @@ class PipelineLeader:
         self._flush_releases()  # first: what this order takes may be what they free
         self.peers.send_next(FrameKind.ORDER, order)
         self._note_filled(self._courier.obey(order))
+
+    def make_room(self) -> None:
+        """Let the stages use the memory of KV that has travelled, where that is enough by now."""
+        if self._preparation is None:
+            self._retreats.order()
 
     def _note_filled(self, keys: Sequence[KvKey]) -> None:
         for key in keys:

@@ -44,6 +44,8 @@ class Leadership:
         for exchange in self._scheduler.relocation.start_exchanges(_MAX_EXCHANGES):
             if exchange.transfers:
                 self._order(exchange)
+        if self._scheduler.relocation.lacks_room(_MAX_EXCHANGES):
+            self.leaders[-1].make_room()
 
     def _order(self, exchange: Exchange) -> None:
         leader = _reaching(self.leaders, exchange)

@@ -47,6 +47,7 @@ class FrameKind(IntEnum):
     TAKEN_OVER = 14
     WEIGHTS_REQUEST = 15
     WEIGHTS = 16  # bytes of an arena, from the offset on
+    RETREAT = 17
 
 
 class RowMessage(WireModel):
@@ -179,6 +180,15 @@ class Quiesce(Message):
 
 class Dissolve(Message):
     """No request is left on the pipeline: nobody needs its members any more."""
+
+
+class Retreat(Message):
+    """Layers given up keep the KV of these keys, by worker; the rest of their memory may be used.
+
+    Workers that are not named keep all.
+    """
+
+    keys: dict[str, tuple[KvKey, ...]]
 
 
 class Settle(Message):

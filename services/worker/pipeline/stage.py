@@ -32,6 +32,7 @@ from services.worker.pipeline.messages import (
     Order,
     Quiesce,
     Release,
+    Retreat,
     Settle,
     ShrinkRequest,
     TakenOver,
@@ -40,6 +41,7 @@ from services.worker.pipeline.messages import (
 from services.worker.pipeline.peers import GroupPeers
 from services.worker.pipeline.phase_timer import PhaseTimer
 from services.worker.pipeline.restoration import Restoration, RestorationState
+from services.worker.pipeline.retreat import retreat
 from services.worker.pipeline.rows import sampling_row
 from services.worker.pipeline.weight_courier import WeightCourier
 from services.worker.regrouping import Regrouping
@@ -114,6 +116,8 @@ class FollowerStage:
             case FrameKind.KV_PART:
                 part = KvPart.decode(frame.header)
                 self._tell_filled(self._courier.take(part, frame.buffers[0]))
+            case FrameKind.RETREAT:
+                self._retreat(Retreat.decode(frame.header))
             case FrameKind.SETTLE:
                 self._note_settled(Settle.decode(frame.header))
             case FrameKind.GIVE_BACK:
@@ -222,6 +226,13 @@ class FollowerStage:
     def settle(self) -> None:
         """No KV of layers given up is needed any more."""
         self._timer.over(Phase.EXCHANGE, self._courier.num_bytes, self._courier.began_at)
+
+    def _retreat(self, message: Retreat) -> None:
+        self.peers.send_next(FrameKind.RETREAT, message)
+        keys = message.keys.get(self.peers.worker_id)
+        is_free = self._state is _StageState.SERVING and self._restoration is None
+        if keys is not None and is_free:
+            retreat(self._runner, self._scheduler, self._blocks.owners_of(keys))
 
     def _note_settled(self, message: Settle) -> None:
         self.peers.send_next(FrameKind.SETTLE, message)

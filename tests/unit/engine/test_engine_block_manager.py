@@ -112,6 +112,31 @@ def test_shrinking_empties_the_tail_and_keeps_every_block_where_the_moves_say(
     assert blocks.num_blocks == target
 
 
+@given(
+    nums_blocks=st.lists(st.integers(0, 5), min_size=1, max_size=8),
+    freed=st.sets(st.integers(0, 7)),
+    chosen=st.sets(st.integers(0, 7)),
+)
+def test_those_brought_forward_get_the_lowest_ids_and_nobody_loses_a_block(
+    nums_blocks: list[int], freed: set[int], chosen: set[int]
+) -> None:
+    blocks = BlockManager(64, BLOCK_SIZE)
+    requests = _holding(blocks, *nums_blocks)
+    for index in freed & set(range(len(requests))):
+        blocks.free(requests[index])
+    content = {b: (r.request_id, i) for r in requests for i, b in enumerate(r.block_table)}
+    first = [request for index, request in enumerate(requests) if index in chosen]
+    num_first = sum(len(request.block_table) for request in first)
+    swaps = blocks.bring_forward(first, requests)
+    for swap in swaps:  # what the caller does with the KV
+        held = (content.pop(swap.high, None), content.pop(swap.low, None))
+        content |= {b: owner for b, owner in zip((swap.low, swap.high), held, strict=True) if owner}
+    assert all(swap.low < num_first <= swap.high for swap in swaps)
+    assert {block for r in first for block in r.block_table} == set(range(num_first))
+    assert content == {b: (r.request_id, i) for r in requests for i, b in enumerate(r.block_table)}
+    blocks.check_integrity(requests)
+
+
 class TestIntegrity:
     """Each kind of damage is found."""
 

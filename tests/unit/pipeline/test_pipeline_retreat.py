@@ -1,0 +1,79 @@
+"""A drop of full workers: what KV has left behind makes room for KV that still has to come."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.worker.engine.request import Request
+from services.worker.kernels.cpu import CpuKernels
+from tests.tiny_models import VOCAB_SIZE, TinyModels
+from tests.unit.model.model_helpers import random_tokens
+from tests.unit.model.request_helpers import make_request
+from tests.unit.pipeline.pipeline_helpers import (
+    Cluster,
+    add,
+    expect,
+    make_requests,
+    open_cluster,
+    undisturbed,
+)
+
+MEMORY_BYTES = 2 * 2**20  # 88 blocks for a replica, of which a drop adds less than half
+NUM_REQUESTS = 11  # of each worker: more than the blocks that are there before any KV has left
+
+
+def filling(num: int) -> list[Request]:
+    return [
+        make_request(
+            f"r{index}", random_tokens(90, index, VOCAB_SIZE), max_tokens=30, ignore_eos=True
+        )
+        for index in range(num)
+    ]
+
+
+def fill(cluster: Cluster, requests: list[Request]) -> None:
+    """Serve them on all workers, in turn, until all run."""
+    num = len(cluster.engines)
+    for position in range(num):
+        add(cluster, requests[position::num], at=position)
+    cluster.run(lambda: all(cluster.tokens(request.request_id) for request in requests))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
+def test_all_kv_travels_although_it_does_not_fit_at_once(
+    tiny_models: TinyModels, kernels: CpuKernels, name: str
+) -> None:
+    directory = tiny_models.directory(name)
+    expected = undisturbed(directory, kernels, filling(2 * NUM_REQUESTS))
+    with open_cluster(directory, kernels, memory_bytes=MEMORY_BYTES, num_tokens=256) as cluster:
+        requests = filling(2 * NUM_REQUESTS)
+        fill(cluster, requests)
+        cluster.change([0, 1])
+        cluster.run(cluster.has_settled)
+        assert all(cluster.is_running(request.request_id) for request in requests)
+        assert sum(engine.core.load().num_preemptions for engine in cluster.engines) == 0
+        cluster.check_integrity()
+        cluster.run()
+        expect(cluster, expected)
+        cluster.check()
+
+
+def test_requests_that_arrive_meanwhile_do_not_mix_with_kv_that_stays(
+    tiny_models: TinyModels, kernels: CpuKernels
+) -> None:
+    directory = tiny_models.directory("llama")
+    expected = undisturbed(directory, kernels, [*filling(2 * NUM_REQUESTS), *late()])
+    with open_cluster(directory, kernels, memory_bytes=MEMORY_BYTES, num_tokens=256) as cluster:
+        fill(cluster, filling(2 * NUM_REQUESTS))
+        cluster.change([0, 1])
+        add(cluster, late())
+        cluster.run()
+        expect(cluster, expected)
+        cluster.check()
+
+
+def late() -> list[Request]:
+    requests = make_requests(4)
+    for request in requests:
+        request.request_id += "-late"
+    return requests
