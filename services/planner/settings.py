@@ -34,7 +34,7 @@ class PlannerSettings(ServiceSettings):
         default=2.0, gt=0.0, description="a load report older than this says nothing"
     )
     policy: Policy = Field(
-        default=Policy.NONE, description="drop: free copies of layers under pressure; none: do not"
+        default=Policy.DROP, description="drop: free copies of layers under pressure; none: do not"
     )
     min_dwell_seconds: float = Field(
         default=10.0, ge=0.0, description="shortest time between two transitions"

@@ -311,7 +311,7 @@ async def test_admin_endpoints(
             state = await response.json()
             assert state["role"] == "leading"
             assert state["plan"]["groups"][0]["group_id"] == "g-a"
-            assert state["policy"] == "none"
+            assert state["policy"] == "drop"
         async with session.get(url + "/metrics") as response:
             text = await response.text()
     assert "kunserve_planner_is_leader 1.0" in text

@@ -256,7 +256,7 @@ async def test_what_waits_in_a_router_is_demand_too(world: World) -> None:
 
 
 async def test_the_policy_none_never_drops_by_itself(world: World) -> None:
-    await started(world)
+    await started(world, policy="none")
     for worker in world.workers.values():
         worker.demand_blocks = 2 * WHOLE_BLOCKS
     epoch = (await world.plan()).epoch

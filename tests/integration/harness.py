@@ -229,6 +229,7 @@ class Cluster:
             "KUNSERVE_DEVICE_MEMORY": WORKER_MEMORY,
             "KUNSERVE_THREADS": "1",
             "KUNSERVE_LEASE_TTL_SECONDS": "2",
+            "KUNSERVE_POLICY": "none",  # layouts change when a test says so
             **self._settings,
         }
         command = [service, f"--{service}-id", name, port_option, str(reserved.port)]
