@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.command import run_command
-from benchmarks.drop_cluster import drop_cluster
+from benchmarks.drop_cluster import WORKERS, drop_cluster
 from benchmarks.drop_measure import (
     SOURCES,
     DropFinding,
@@ -72,17 +72,13 @@ def render_drop(findings: Sequence[DropFinding]) -> str:
     def row(name: str, values: Sequence[str]) -> list[str]:
         return [name, *values]
 
-    iterations = [finding.iteration for finding in findings]
     rows = [
         row("weights given up, MiB", [f"{f.commit_bytes / MIB:.0f}" for f in findings]),
         row("commit to usable blocks, slower worker", [_ms(max(f.commit)) for f in findings]),
         row("iteration of the pipeline, median", [_ms(f.iteration) for f in findings]),
-        row("commit to first batch", [_ms(f.first_batch) for f in findings]),
-        row("commit to first token", [_ms(f.first_token) for f in findings]),
-        row(
-            "... in iterations",
-            [f"{f.first_token / i:.1f}" for f, i in zip(findings, iterations, strict=True)],
-        ),
+        row("commit until both have committed", [_ms(f.hand_over) for f in findings]),
+        row("... from there to the first batch", [_ms(f.first_batch) for f in findings]),
+        row("... its way through the pipeline", [_ms(f.first_token) for f in findings]),
         row("plan written to first queued token", [_ms(f.queued_token) for f in findings]),
         row("exchange of all running requests", [_ms(f.exchange) for f in findings]),
         row("... MB to and from each worker", [f"{f.exchange_bytes / 1e6:.0f}" for f in findings]),
@@ -214,7 +210,7 @@ async def run(options: argparse.Namespace) -> None:
         extra = () if transport is Transport.SHM else ("--no-link-shared-memory",)
         log_dir = options.out.parent / "logs" / transport.value
         async with drop_cluster(log_dir, [*_WORKER_ARGUMENTS, *extra]) as cluster:
-            transfers[transport] = [await measure_transfer(cluster) for _ in range(2)]
+            transfers[transport] = [await measure_transfer(cluster, home) for home in WORKERS * 2]
             if transport is Transport.SHM:
                 drops = [await measure_drop(cluster) for _ in range(options.runs)]
     report.add(render_drop(drops))

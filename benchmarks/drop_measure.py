@@ -26,7 +26,7 @@ _NUM_KEPT = 5
 #: Share of the cache in use from which on a request of that length finds no room.
 _FULL = 0.9
 _WINDOW_SECONDS = 3.0
-#: Tokens of the one long request of each worker in a transfer.
+#: Tokens of the one long request in a transfer.
 _TRANSFER_TOKENS = 1900
 
 
@@ -36,8 +36,10 @@ class DropFinding:
 
     Attributes:
         commit: until the memory of given-up layers was usable; one value for each worker.
-        first_batch, first_token: after the leader's commit.
-        queued_token: after the leader's commit as the client saw it, the first of the queue.
+        hand_over: from the leader's commit until the other worker had committed too.
+        first_batch: from there until a batch was made.
+        first_token: from there until that batch had passed the pipeline.
+        queued_token: from the plan to the first token of the queue, as the client saw it.
         iteration: median time of a step of the pipeline at that load.
         exchange: of all running requests; `exchange_bytes` were sent and received by each worker.
         load: of the layers that come back, by worker, while the kept streams run.
@@ -47,6 +49,7 @@ class DropFinding:
 
     commit: list[float]
     commit_bytes: float
+    hand_over: float
     first_batch: float
     first_token: float
     queued_token: float
@@ -66,14 +69,19 @@ class DropFinding:
 
 @dataclass(frozen=True, slots=True)
 class TransferFinding:
-    """One long request of each worker changes its layout; nothing else runs."""
+    """One long request changes its layout; nothing else runs.
+
+    Attributes:
+        seconds: from the first order until all is settled.
+        num_bytes: in one direction.
+    """
 
     seconds: float
-    num_bytes: float  # in each direction
+    num_bytes: float
 
     @property
     def bytes_per_second(self) -> float:
-        """Both directions together, as the two links' threads share the machine."""
+        """To be compared with the link's."""
         return self.num_bytes / self.seconds
 
 
@@ -113,6 +121,7 @@ async def measure_drop(cluster: DropCluster) -> DropFinding:
     return DropFinding(
         commit=[_phase(each, "commit") for each in spent],
         commit_bytes=_phase_bytes(spent[0], "commit"),
+        hand_over=_phase(spent[0], "hand_over"),
         first_batch=_phase(spent[0], "first_batch"),
         first_token=_phase(spent[0], "first_token"),
         queued_token=queued_token,
@@ -131,12 +140,10 @@ async def measure_drop(cluster: DropCluster) -> DropFinding:
     )
 
 
-async def measure_transfer(cluster: DropCluster) -> TransferFinding:
-    """Drop with one long request on each worker."""
+async def measure_transfer(cluster: DropCluster, home: str) -> TransferFinding:
+    """Drop with one long request, whose KV is on `home`."""
     before = [await cluster.metrics(worker) for worker in WORKERS]
-    streams = [
-        await cluster.generate(worker, f"g-{worker}", _TRANSFER_TOKENS, 400) for worker in WORKERS
-    ]
+    streams = [await cluster.generate(home, f"g-{home}", _TRANSFER_TOKENS, 400)]
     await cluster.started(streams)
     await cluster.drop()
     await cluster.settled()

@@ -84,8 +84,9 @@ class Phase(Enum):
     """A part of a change of the layout, as this worker sees it."""
 
     COMMIT = "commit"  # until the memory of given-up layers is usable KV
-    FIRST_BATCH = "first_batch"  # from there until the first batch of a busy leader
-    FIRST_TOKEN = "first_token"  # ... until what came of it
+    HAND_OVER = "hand_over"  # from the leader's commit until all members have committed
+    FIRST_BATCH = "first_batch"  # from there until a leader with requests has made a batch
+    FIRST_TOKEN = "first_token"  # from there until that has passed the pipeline
     EXCHANGE = "exchange"  # from the first order until no request is left on the layout before
     LOAD = "load"  # of missing layers, while the worker serves
     LOAD_CHECKPOINT = "load_checkpoint"  # the part of it that came from the own checkpoint

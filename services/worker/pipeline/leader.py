@@ -244,6 +244,8 @@ class PipelineLeader:
 
     def submit(self, output: SchedulerOutput) -> None:
         """Compute a batch's first layers and send it on; its outcome comes as a Tokens frame."""
+        if not self._was_idle:
+            self._timer.next_over(Phase.FIRST_BATCH)
         slices, rows = sequence_slices(output), sampling_rows(output)
         batch = self._runner.make_batch(slices)
         hidden = self._runner.forward(batch, self._runner.embed(batch), self.peers.span)
@@ -252,12 +254,10 @@ class PipelineLeader:
         self._flush_releases()  # first: what this batch takes may be what they free
         self._in_flight[output.step] = output
         self.peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))
-        if not self._was_idle:
-            self._timer.over(Phase.FIRST_BATCH)
 
     def _outcome(self, message: Tokens) -> BatchOutcome:
         if not self._was_idle:
-            self._timer.over(Phase.FIRST_TOKEN)
+            self._timer.next_over(Phase.FIRST_TOKEN)
         sampled = map(SampledToken, message.token_ids, message.logprobs)
         return BatchOutcome(self._in_flight.pop(message.step), tuple(sampled), message.error)
 
@@ -281,6 +281,8 @@ class PipelineLeader:
                 blocks.add_capacity(worker_id, blocks.blocks_for(request.num_computed_tokens))
         blocks.add_capacity(message.worker_id, message.num_blocks)
         self._awaited.discard(message.worker_id)
+        if self.is_complete:
+            self._timer.next_over(Phase.HAND_OVER)
 
     # --- KV that travels -------------------------------------------------------------------------
 

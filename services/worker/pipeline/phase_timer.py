@@ -12,8 +12,14 @@ class PhaseTimer:
 
     def __init__(self, emit: EventSink) -> None:
         self._emit = emit
-        self._began_at = time.perf_counter()
+        self._began_at = self._last_at = time.perf_counter()
         self._over: set[Phase] = set()
+
+    def next_over(self, phase: Phase) -> None:
+        """A phase is over that began with the end of the last one given here, or the commit."""
+        if phase not in self._over:
+            self.over(phase, began_at=self._last_at)
+            self._last_at = time.perf_counter()
 
     def over(self, phase: Phase, num_bytes: int = 0, began_at: float | None = None) -> None:
         """The phase is over; nothing happens where that was said before.
