@@ -76,9 +76,8 @@ class SimLink:
 
     def deliver(self, *, bulk: bool) -> bool:
         """The next CONTROL frame arrives, or bulk that no CONTROL frame was sent before."""
-        wanted = LinkClass.EXCHANGE if bulk else LinkClass.CONTROL
         for position, (link_class, frame) in enumerate(self.waiting):
-            if link_class is wanted:
+            if (link_class is not LinkClass.CONTROL) is bulk:
                 del self.waiting[position]
                 assert self.other is not None
                 self.other.owner.submit(FrameReceived(frame))
@@ -201,7 +200,7 @@ class SimWorker:
         self.items += engine.member.pump(now)
         self.items += engine.core.step(now)
         self.items += engine.member.pump(now)
-        engine.runner.unmap_stale()
+        engine.runner.pool.unmap_stale(engine.runner.pool.budget_bytes)
         self.events.extend(engine.member.take_events())
 
     def _apply(self, command: Command, now: float) -> list[TokenItem]:
@@ -216,7 +215,7 @@ class SimWorker:
             case AbandonLayout():
                 member.abandon()
             case LinkDown(link, reason):
-                member.on_down(link, reason)
+                return member.on_down(link, reason)
         return []
 
     def hear(self, loop: asyncio.AbstractEventLoop, unwanted: set[str]) -> None:
@@ -247,7 +246,7 @@ class SimWorker:
         message = HandOver(
             worker_id=self.worker_id, num_blocks=event.num_blocks, requests=tuple(requests)
         )
-        event.peers.send(event.peers.leader, FrameKind.HAND_OVER, message)
+        event.peers.send(event.heir, FrameKind.HAND_OVER, message)
 
     @property
     def is_still(self) -> bool:
