@@ -211,11 +211,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="one seed, only the burst")
     parser.add_argument("--need", type=float, default=1.5, help="KV of the burst over capacity")
-    parser.add_argument("--context-scale", type=float, default=0.25)
+    parser.add_argument("--context-scale", type=float, default=0.6)
     parser.add_argument("--output-scale", type=float, default=1.0)
     parser.add_argument("--time-scale", type=float, default=1.5)
     parser.add_argument("--until", type=float, default=60.0, help="second of the trace")
-    parser.add_argument("--base-rate", type=float, default=0.3, help="requests/s besides")
+    parser.add_argument("--base-rate", type=float, default=0.15, help="requests/s besides")
     parser.add_argument("--base-seconds", type=float, default=100.0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overload"))
     return parser

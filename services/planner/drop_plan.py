@@ -28,8 +28,8 @@ from shared.layout import GroupPlan
 #: A merge shall gain at least this share of the copy it frees, whatever that does to the slowest
 #: stage: layers that are even in time (the LM head weighs as much as several) are uneven in memory.
 LEAST_GAIN = 0.5
-#: Room for what arrives while the drop is carried out.
-HEADROOM = 1.1
+#: Room for what arrives later: under pressure a pipeline is not sliced anew.
+HEADROOM = 1.25
 
 
 @dataclass(frozen=True, slots=True)
