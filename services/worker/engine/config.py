@@ -12,7 +12,7 @@ from shared.errors import ConfigError
 class ChunkPolicy(StrEnum):
     """How much of the queued prefill one microbatch of a pipeline takes."""
 
-    LOOKAHEAD = "lookahead"  # equal parts of all that is queued, if that is enough; else as below
+    LOOKAHEAD = "lookahead"  # equal parts of all that is queued
     PREDICTED_TIME = "predicted-time"  # as long as a full batch of a new prompt takes
     TOKEN_COUNT = "token-count"  # `max_num_batched_tokens`, whatever they cost: only for comparison
 

@@ -3,10 +3,11 @@
 A worker alone (one stage) takes all it can: then pacing sets no limit. On a pipeline of S stages
 - the decodes are spread: a batch takes 1/S of the cost of all of them, those that waited longest
   first; what returns too large is cut down and the next one filled up, so they stay even;
-- prefill is limited by predicted time; when a lot is queued, to equal parts of it, planned in
-  rounds by the lookahead formulation (`microbatches.py`). A round sets how much a batch takes, not
-  which request: a request is in at most one batch, so while its last chunk is in flight, the next
-  requests take its place.
+- prefill is spread too: a batch takes a small part of the cost of all that is queued, so that one
+  that admits a prompt lasts no longer than those around it. When a lot is queued, the parts are
+  planned in rounds by the lookahead formulation (`microbatches.py`). A round sets how much a batch
+  takes, not which request: a request is in at most one batch, so while its last chunk is in flight,
+  the next requests take its place.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from services.worker.engine.request import Request
 
 #: Requests are cut into pieces no smaller than this: each adds overhead, and saves little.
 _MIN_PIECE_TOKENS = 16
+#: What is queued is spread over so many batches for each stage. More make batches more even, but
+#: prompts wait longer: in a simulation of SmolLM2 on two CPU workers with a steady load, stages
+#: waited for 21 % of the time with whole prompts, for 7 % with 6 and for 4 % with 8.
+_SPREAD = 6
 
 
 class DecodeShare:
@@ -71,6 +76,8 @@ class PrefillPacer:
             _MIN_PIECE_TOKENS, config.min_prefill_tokens, config.max_num_batched_tokens
         )
         self._least_cost = self._cost_of_new(self._piece_tokens) / 2
+        self._spread = _SPREAD * num_stages
+        self._share = 0.0
         self._batch_cost = 0.0
         self._num_batches_left = 0
 
@@ -81,20 +88,25 @@ class PrefillPacer:
         return is_lookahead and self._num_stages > 1 and self._num_batches_left == 0
 
     def begin_round(self, work: Sequence[ChunkShape]) -> None:
-        """Divide the prefill that is queued, if that is worthwhile.
+        """Divide the prefill that is queued: into parts of equal cost, if there is enough of it.
 
         Too few requests cannot fill the pipeline, however they are cut; too few tokens would be cut
-        into pieces that do not use the device well.
+        into pieces that do not use the device well. Then the next batch takes its share.
         """
+        self._share = math.fsum(map(self.model.marginal_cost, work)) / self._spread
         num_tokens = sum(chunk.num_tokens for chunk in work)
-        min_tokens = self._config.min_prefill_tokens
-        if len(work) <= self._num_stages or num_tokens < 2 * self._num_stages * min_tokens:
+        min_tokens = max(self._config.min_prefill_tokens, num_tokens // self._spread)
+        if len(work) <= self._num_stages or num_tokens < self._spread * min_tokens:
             return
-        batches = formulate(work, self.model, min_tokens, self._config.max_num_batched_tokens)
-        self._num_batches_left = len(batches)
+        max_tokens = self._config.max_num_batched_tokens
+        batches = formulate(work, self.model, min_tokens, max_tokens)
+        growth = 1.0
+        if min_tokens >= max_tokens:  # enough for full batches: the fullest shall be just that
+            growth = max_tokens / max(sum(c.num_tokens for c in batch) for batch in batches)
+        self._num_batches_left = math.ceil(len(batches) / growth)
         costs = (self.model.marginal_cost(chunk.shape) for batch in batches for chunk in batch)
         # Batches that may hold but a few tokens can be smaller than any piece; a first one fits.
-        self._batch_cost = max(math.fsum(costs) / len(batches), self._least_cost)
+        self._batch_cost = max(math.fsum(costs) / len(batches) * growth, self._least_cost)
 
     def prefill_cost(self, decode_cost: float) -> float:
         """What the prefill of the next batch may cost, in sums of `marginal_cost`.
@@ -106,8 +118,10 @@ class PrefillPacer:
             return math.inf
         if self._num_batches_left > 0:
             return self._batch_cost
-        full_batch = self._cost_of_new(self._config.max_num_batched_tokens)
-        return max(full_batch - decode_cost, self._cost_of_new(self._config.min_prefill_tokens))
+        full_batch = self._cost_of_new(self._config.max_num_batched_tokens) - decode_cost
+        if self._config.chunk_policy is ChunkPolicy.LOOKAHEAD:
+            return max(min(self._share, full_batch), self._cost_of_new(self._piece_tokens))
+        return max(full_batch, self._cost_of_new(self._config.min_prefill_tokens))
 
     def is_spent(self, cost_left: float) -> bool:
         """True if another piece would come nowhere near `cost_left`."""
