@@ -18,5 +18,6 @@ def make_memory(device: torch.device, budget_bytes: int, chunk_bytes: int) -> Ph
         DeviceMemoryError: the device has less memory left.
     """
     if device.type == "cuda":
+        torch.cuda.synchronize(device)  # torch makes the context that the driver's calls need
         return CudaMemory(CudaDriver(device.index or 0), budget_bytes, chunk_bytes)
     return CpuMemory(budget_bytes, chunk_bytes)

@@ -1,6 +1,6 @@
 """Decode batches replayed from CUDA graphs, one per segment of layers and padded batch size.
 
-    inputs, persistent      hidden | cos | sin | slots | block table | lengths    [_MAX_SEQS]
+    inputs, persistent      hidden | cos | sin | slots | block table | lengths    [MAX_SEQS]
                               | copy in                                  ^ copy out
     segment [0, 4) -replay-> segment [4, 8) -replay-> ... segment [24, 28)
 
@@ -27,7 +27,8 @@ from services.worker.kernels.torch_kernels import TorchKernels
 from services.worker.model.config import ModelConfig
 
 SEGMENT_LAYERS = 4
-_MAX_SEQS = 256
+#: Requests of the largest batch that is captured.
+MAX_SEQS = 256
 
 Work = Callable[[], None]
 LayerForward = Callable[[torch.Tensor, PagedBatch], None]
@@ -82,7 +83,7 @@ class DecodeGraphs:
     @staticmethod
     def serves(batch: PagedBatch) -> bool:
         """True for batches of single tokens that are not too large."""
-        return batch.max_seqlen_q == 1 and len(batch.seqused_k) <= _MAX_SEQS
+        return batch.max_seqlen_q == 1 and len(batch.seqused_k) <= MAX_SEQS
 
     def run(
         self,
@@ -133,13 +134,13 @@ class _Inputs:
         device = kernels.device
         max_blocks = -(-config.max_model_len // kernels.block_size)
         self._max_model_len = config.max_model_len
-        self.hidden = torch.zeros(_MAX_SEQS, config.hidden_size, dtype=kernels.dtype, device=device)
-        self._cos = torch.zeros(_MAX_SEQS, config.head_dim, device=device)
-        self._sin = torch.zeros(_MAX_SEQS, config.head_dim, device=device)
-        self._slot_mapping = torch.zeros(_MAX_SEQS, dtype=torch.int64, device=device)
-        self._seqused_k = torch.zeros(_MAX_SEQS, dtype=torch.int32, device=device)
-        self._block_table = torch.zeros(_MAX_SEQS, max_blocks, dtype=torch.int32, device=device)
-        self._cu_seqlens_q = torch.arange(_MAX_SEQS + 1, dtype=torch.int32, device=device)
+        self.hidden = torch.zeros(MAX_SEQS, config.hidden_size, dtype=kernels.dtype, device=device)
+        self._cos = torch.zeros(MAX_SEQS, config.head_dim, device=device)
+        self._sin = torch.zeros(MAX_SEQS, config.head_dim, device=device)
+        self._slot_mapping = torch.zeros(MAX_SEQS, dtype=torch.int64, device=device)
+        self._seqused_k = torch.zeros(MAX_SEQS, dtype=torch.int32, device=device)
+        self._block_table = torch.zeros(MAX_SEQS, max_blocks, dtype=torch.int32, device=device)
+        self._cu_seqlens_q = torch.arange(MAX_SEQS + 1, dtype=torch.int32, device=device)
 
     def fill(self, hidden: torch.Tensor, batch: PagedBatch, size: int) -> None:
         """Copy a batch in; rows up to `size` become empty sequences."""

@@ -21,7 +21,14 @@ from services.worker.model.stage import Stage
 from shared.layout import Span
 from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE, TinyModels
 from tests.torch_ops import TorchOps
-from tests.unit.model.model_helpers import BLOCK_SIZE, WHOLE, open_stage, random_tokens, run_route
+from tests.unit.model.model_helpers import (
+    BLOCK_SIZE,
+    MAX_NUM_TOKENS,
+    WHOLE,
+    open_stage,
+    random_tokens,
+    run_route,
+)
 
 KERNELS = TorchKernels(torch.device("cpu"), torch.float32, TorchOps())
 LENGTHS = [17, 3, 30, 16, 2]
@@ -52,7 +59,7 @@ def stages(
 
     def graphed(config: ModelConfig, kernels: TorchKernels) -> TorchLlamaLayers:
         graphs = DecodeGraphs(config, kernels, capture, segment_layers)
-        return TorchLlamaLayers(config, kernels, graphs)
+        return TorchLlamaLayers(config, kernels, graphs, MAX_NUM_TOKENS)
 
     directory = tiny_models.directory("mistral-window")
     with (

@@ -36,7 +36,7 @@ def make_decoder_layers(
         graphs = None
         if kernels.device.type == "cuda":
             graphs = DecodeGraphs(config, kernels, CudaCapture())
-        return torch_llama.TorchLlamaLayers(config, kernels, graphs)
+        return torch_llama.TorchLlamaLayers(config, kernels, graphs, max_num_tokens)
     _check_dimensions(config)
     if config.architecture.is_llama_family:
         return llama.LlamaLayers(config, kernels, max_num_tokens)

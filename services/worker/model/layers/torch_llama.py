@@ -21,7 +21,7 @@ from services.worker.kernels.torch_kernels import TorchKernels
 from services.worker.model.arena import ArenaLayout
 from services.worker.model.batch import ForwardBatch
 from services.worker.model.config import ModelConfig
-from services.worker.model.graphs import DecodeGraphs
+from services.worker.model.graphs import MAX_SEQS, DecodeGraphs
 from services.worker.model.layers.llama import layer_parts
 
 
@@ -32,9 +32,12 @@ class Projection:
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:  # [tokens, columns] -> [tokens, rows]
-        """x @ w.T + bias."""
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+    def write_to(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """out = x @ w.T + bias."""
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=out)
 
     def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
         """hidden += x @ w.T + bias."""
@@ -56,6 +59,25 @@ class TorchLlamaWeights:
     head_norms: HeadNorms | None
 
 
+class Workspace:
+    """What a layer needs of memory beside its arguments, for up to `max_num_tokens` tokens.
+
+    Made once, before the budget for weights and KV is taken, so that no batch that the scheduler
+    may form runs out of it; all layers use the same.
+    """
+
+    def __init__(self, config: ModelConfig, kernels: TorchKernels, max_num_tokens: int) -> None:
+        def rows(size: int) -> torch.Tensor:
+            return torch.empty(max_num_tokens, size, dtype=kernels.dtype, device=kernels.device)
+
+        heads = config.num_heads * config.head_dim
+        self.normed = rows(config.hidden_size)
+        self.qkv = rows(heads + 2 * config.num_kv_heads * config.head_dim)
+        self.attended = rows(heads)
+        self.gate_up = rows(2 * config.intermediate_size)
+        self.activated = rows(config.intermediate_size)
+
+
 @dataclass(frozen=True, slots=True)
 class TorchLlamaLayer:
     """A resident layer."""
@@ -65,6 +87,7 @@ class TorchLlamaLayer:
     weights: TorchLlamaWeights
     kv_cache: torch.Tensor  # [blocks, 2, block_size, num_kv_heads, head_dim]
     sliding_window: int
+    workspace: Workspace
 
     def forward(
         self,
@@ -72,35 +95,48 @@ class TorchLlamaLayer:
         batch: PagedBatch,
     ) -> None:
         """Run the layer; writes the KV of the batch's tokens."""
-        normed = torch.empty_like(hidden)
-        self.ops.rms_norm(hidden, self.weights.input_norm, self.config.rms_norm_eps, normed)
-        self.weights.o.add_to(hidden, self._attend(normed, batch))
-        self.ops.rms_norm(
-            hidden, self.weights.post_attention_norm, self.config.rms_norm_eps, normed
-        )
-        gate_up = self.weights.gate_up(normed)
-        activated = gate_up.new_empty(len(gate_up), self.config.intermediate_size)
+        num_tokens, weights, eps = len(hidden), self.weights, self.config.rms_norm_eps
+        normed = self.workspace.normed[:num_tokens]
+        self.ops.rms_norm(hidden, weights.input_norm, eps, normed)
+        weights.o.add_to(hidden, self._attend(normed, batch))
+        self.ops.rms_norm(hidden, weights.post_attention_norm, eps, normed)
+        gate_up = self.workspace.gate_up[:num_tokens]
+        weights.gate_up.write_to(gate_up, normed)
+        activated = self.workspace.activated[:num_tokens]
         self.ops.silu_mul(gate_up, activated)
-        self.weights.down.add_to(hidden, activated)
+        weights.down.add_to(hidden, activated)
 
     def _attend(self, normed: torch.Tensor, batch: PagedBatch) -> torch.Tensor:
         """What all heads give `[num_tokens, num_heads * head_dim]`."""
-        num_heads, head_dim = self.config.num_heads, self.config.head_dim
-        qkv = self.weights.qkv(normed)
+        shape = (len(normed), self.config.num_heads, self.config.head_dim)
+        qkv = self.workspace.qkv[: len(normed)]
+        self.weights.qkv.write_to(qkv, normed)
         self.ops.rope_and_store(qkv, batch, self.weights.head_norms, self.kv_cache)
-        query = qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
-        out = qkv.new_empty(len(qkv), num_heads, head_dim)
-        self.ops.attention(query, self.kv_cache, batch, head_dim**-0.5, self.sliding_window, out)
-        return out.flatten(1)
+        attended = self.workspace.attended[: len(normed)]
+        query = qkv[:, : attended.shape[1]].view(shape)
+        scale = self.config.head_dim**-0.5
+        self.ops.attention(
+            query, self.kv_cache, batch, scale, self.sliding_window, attended.view(shape)
+        )
+        return attended
 
 
 class TorchLlamaLayers:
     """The layers of one model of the family. Implements `DecoderLayers`."""
 
     def __init__(
-        self, config: ModelConfig, kernels: TorchKernels, graphs: DecodeGraphs | None
+        self,
+        config: ModelConfig,
+        kernels: TorchKernels,
+        graphs: DecodeGraphs | None,
+        max_num_tokens: int,
     ) -> None:
-        """Run batches of single tokens with `graphs`, where there are some that serve them."""
+        """Run batches of single tokens with `graphs`, where there are some that serve them.
+
+        Args:
+            max_num_tokens: of any batch.
+        """
+        self._workspace = Workspace(config, kernels, max(max_num_tokens, MAX_SEQS))
         self._config = config
         self._graphs = graphs
         self._ops = kernels.ops
@@ -124,6 +160,7 @@ class TorchLlamaLayers:
             _weights(self._config, self._layout, arena_address),
             kv_cache,
             self._config.window_of_layer(layer) or 0,
+            self._workspace,
         )
 
     def run(
