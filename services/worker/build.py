@@ -14,7 +14,11 @@ import structlog
 import torch
 
 from services.worker.core import EngineCore
-from services.worker.device import default_chunk_bytes, make_kernels
+from services.worker.device import (
+    default_chunk_bytes,
+    default_max_num_batched_tokens,
+    make_kernels,
+)
 from services.worker.engine.block_manager import BlockManager
 from services.worker.engine.config import SchedulerConfig
 from services.worker.engine.cost_model import TOKEN_COUNT, CostModelError
@@ -64,23 +68,26 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
     chunk_bytes = settings.chunk_bytes or default_chunk_bytes(
         kernels.device, settings.device_memory
     )
+    max_num_batched_tokens = settings.max_num_batched_tokens or default_max_num_batched_tokens(
+        kernels.device
+    )
     runner = ModelRunner.load(
         RunnerConfig(
             model_dir=model_dir,
             memory_bytes=settings.device_memory,
             chunk_bytes=chunk_bytes,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=settings.max_model_len,
         ),
         kernels,
     )
-    runner.profile = _profile(settings, cache_dir, model_dir, runner, kernels)
+    runner.profile = _profile(cache_dir, model_dir, runner, kernels, max_num_batched_tokens)
     if runner.profile is not None:
         runner.meter.layer = runner.profile.layer
     scheduler = Scheduler(
         SchedulerConfig(
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_num_seqs=min(settings.max_num_seqs, settings.max_num_batched_tokens),
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=min(settings.max_num_seqs, max_num_batched_tokens),
             max_model_len=runner.max_model_len,
             max_num_waiting_requests=settings.max_num_requests,
             watermark=settings.watermark,
@@ -96,11 +103,11 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
 
 
 def _profile(
-    settings: WorkerSettings,
     cache_dir: Path,
     model_dir: Path,
     runner: ModelRunner,
     kernels: CpuKernels | TorchKernels,
+    max_num_batched_tokens: int,
 ) -> ModelProfile | None:
     """What batches cost with this model, these kernels and threads, on this machine.
 
@@ -114,11 +121,11 @@ def _profile(
         kernels.num_threads,
         len(os.sched_getaffinity(0)),
         runner.max_model_len,
-        settings.max_num_batched_tokens,
+        max_num_batched_tokens,
     )
     try:
         profile = ProfileCache(cache_dir / "profiles").get(
-            key, lambda: profile_model(runner, settings.max_num_batched_tokens)
+            key, lambda: profile_model(runner, max_num_batched_tokens)
         )
     except CostModelError as error:
         log.warning("no cost model", reason=str(error))

@@ -20,6 +20,8 @@ _CPU_CHUNK_BYTES = _MIB // 2
 _CUDA_CHUNK_BYTES = 2 * _MIB
 #: Each chunk is a handle of its own and a call to map it.
 _MAX_CUDA_CHUNKS = 8192
+_CPU_BATCHED_TOKENS = 256
+_CUDA_BATCHED_TOKENS = 8192
 
 
 def select_device(setting: Device) -> torch.device:
@@ -60,6 +62,11 @@ def default_chunk_bytes(device: torch.device, budget_bytes: int) -> int:
     if device.type == "cpu":
         return _CPU_CHUNK_BYTES
     return _CUDA_CHUNK_BYTES * -(-budget_bytes // (_MAX_CUDA_CHUNKS * _CUDA_CHUNK_BYTES))
+
+
+def default_max_num_batched_tokens(device: torch.device) -> int:
+    """Tokens of a step: enough to be bound by arithmetic, and a fraction of a second of it."""
+    return _CPU_BATCHED_TOKENS if device.type == "cpu" else _CUDA_BATCHED_TOKENS
 
 
 def make_kernels(settings: WorkerSettings, cache_dir: Path) -> CpuKernels | TorchKernels:

@@ -69,8 +69,11 @@ class WorkerSettings(ServiceSettings):
     max_model_len: int | None = Field(
         default=None, ge=1, description="longest prompt plus output (default: the model's)"
     )
-    max_num_batched_tokens: int = Field(
-        default=256, ge=1, le=65536, description="tokens one engine step computes at most"
+    max_num_batched_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=65536,
+        description="tokens one engine step computes at most (default: 256, on a GPU 8192)",
     )
     max_num_seqs: int = Field(default=256, ge=1, description="requests running at once at most")
     max_num_requests: int = Field(
