@@ -31,6 +31,7 @@ from services.worker.model.layers.factory import make_decoder_layers
 from services.worker.model.plan import ModelPlan, PartBytes
 from services.worker.model.sampler import SampledToken, SamplingRow, sample
 from services.worker.model.stage import Stage
+from services.worker.work_pacer import BatchActivity
 from shared.layout import Span
 
 #: Rows of logits that are in memory at once; enough to be bound by arithmetic.
@@ -74,6 +75,7 @@ class ModelRunner:
         #: Prompt plus output tokens of the longest request; stays when the KV cache grows.
         self.max_model_len = min(limit, self.num_blocks * self.block_size)
         self.meter = EngineMeter()
+        self.activity = BatchActivity()
         #: What batches cost here, once it is measured.
         self.profile: ModelProfile | None = None
 
@@ -219,8 +221,10 @@ class ModelRunner:
         """Run the layers of `span`, which must be served here; writes the batch's KV."""
         began_at = time.perf_counter()
         self._stage.forward(hidden, batch, span)
+        ended_at = time.perf_counter()
+        self.activity.ran(ended_at - began_at, ended_at)
         if self.device.type == "cpu":  # another device goes on by itself
-            self.meter.computed(batch.chunks, len(span), time.perf_counter() - began_at)
+            self.meter.computed(batch.chunks, len(span), ended_at - began_at)
         return hidden
 
     @torch.inference_mode()

@@ -22,7 +22,7 @@ from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.kv_transfer import as_buffer, gather_kv, layer_parts, scatter_kv
 from services.worker.pipeline.messages import FrameKind, KvPart, Order
 from services.worker.pipeline.peers import GroupPeers
-from services.worker.pipeline.work_pacer import WorkPacer
+from services.worker.work_pacer import WorkPacer
 
 #: The blocks of a key on this worker, in token order; None if it has none (any more).
 TableLookup = Callable[[KvKey], Sequence[int] | None]
@@ -57,7 +57,7 @@ class KvCourier:
         self._awaited: dict[int, _Awaited] = {}  # by serial
         self._early: list[tuple[KvPart, Buffer]] = []
         self._outgoing: dict[str, deque[KvPart]] = {}  # by destination
-        self._pacer = WorkPacer(time.perf_counter(), _SHARE)
+        self._pacer = WorkPacer(time.perf_counter(), _SHARE, runner.activity)
 
     def obey(self, order: Order) -> list[KvKey]:
         """Note what to send, and what will come; room for that has been made.

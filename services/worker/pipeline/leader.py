@@ -78,7 +78,7 @@ class PipelineLeader:
         self._was_idle = True
         self._ran_dry = True  # since the last batch
         self._courier = KvCourier(peers, runner, self._table)
-        self._weights = WeightCourier(peers, runner.stage)
+        self._weights = WeightCourier(peers, runner)
         self._in_flight: dict[int, SchedulerOutput] = {}
         self._num_orders = 0
         self._retreats = Retreats(peers, runner, scheduler)

@@ -16,11 +16,11 @@ from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.events import EventSink, Phase, PhaseTimed, Prepared
 from services.worker.pipeline.faster_source import FasterSource
 from services.worker.pipeline.weight_courier import WeightCourier
-from services.worker.pipeline.work_pacer import WorkPacer
+from services.worker.work_pacer import WorkPacer
 from shared.layout import Span
 
 #: Share of the time that loading may take while batches run.
-_SHARE = 0.1
+_SHARE = 0.08
 
 
 class RestorationState(Enum):
@@ -58,7 +58,7 @@ class Restoration:
         self._pieces: Iterator[int] = iter(())
         self._num_bytes = 0
         self._began_at = time.perf_counter()
-        self._pacer = WorkPacer(self._began_at, _SHARE)
+        self._pacer = WorkPacer(self._began_at, _SHARE, runner.activity)
 
     def shrunk(self, moves: Sequence[BlockMove]) -> None:
         """Blocks that are left have the lowest numbers, after these moves."""

@@ -80,7 +80,7 @@ class FollowerStage:
         self._on_release = on_release
         self._timer = PhaseTimer(emit)
         self._courier = KvCourier(peers, runner, self._table)
-        self._weights = WeightCourier(peers, runner.stage)
+        self._weights = WeightCourier(peers, runner)
         self._restoration: Restoration | None = None
         self._gone: set[KvKey] = set()
         self._early: list[HandOver] = []

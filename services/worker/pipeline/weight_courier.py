@@ -20,11 +20,11 @@ import torch
 from services.worker.links.base import Buffer, LinkClass, LinkFrame
 from services.worker.memory.tensors import tensor_at
 from services.worker.model.plan import ArenaPlan
-from services.worker.model.stage import Stage
+from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.kv_transfer import as_buffer
 from services.worker.pipeline.messages import FrameKind, WeightsPart, WeightsRequest
 from services.worker.pipeline.peers import GroupPeers
-from services.worker.pipeline.work_pacer import WorkPacer
+from services.worker.work_pacer import WorkPacer
 from shared.errors import KunserveError
 
 _PIECE_BYTES = 1024 * 1024
@@ -32,8 +32,8 @@ _PIECE_BYTES = 1024 * 1024
 _WINDOW_BYTES = 16 * _PIECE_BYTES
 #: A peer that sends nothing for so long is not asked any more.
 _PATIENCE_SECONDS = 2.0
-#: Share of the time that giving may take while batches run.
-_SHARE = 0.1
+#: Share of the time that giving may take while batches run; most members load meanwhile, too.
+_SHARE = 0.03
 
 
 class WeightsNotGivenError(KunserveError):
@@ -43,13 +43,13 @@ class WeightsNotGivenError(KunserveError):
 class WeightCourier:
     """One member's side of all weights that travel in a group; an `ArenaSource`."""
 
-    def __init__(self, peers: GroupPeers, stage: Stage) -> None:
+    def __init__(self, peers: GroupPeers, runner: ModelRunner) -> None:
         self._peers = peers
-        self._stage = stage
+        self._stage = runner.stage
         self._asked: deque[WeightsRequest] = deque()
         self._serial = 0
         self._arrived: deque[tuple[WeightsPart, Buffer]] = deque()
-        self._pacer = WorkPacer(time.perf_counter(), _SHARE)
+        self._pacer = WorkPacer(time.perf_counter(), _SHARE, runner.activity)
 
     # --- giving ----------------------------------------------------------------------------------
 

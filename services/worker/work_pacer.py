@@ -1,0 +1,58 @@
+"""How long a worker may move bytes between two batches without being slow to those it serves. Pure.
+
+batch ........ move . batch ........ move . batch         a share of the time while batches run
+wait move ... wait move ... wait move ...                 most of the time while there are none
+"""
+
+from __future__ import annotations
+
+#: One go where no batches run: longer than the wait before it, short for a batch that comes.
+_IDLE_SECONDS = 0.002
+#: What is saved up for one go at least, about what a piece takes, and at most.
+_LEAST_SECONDS = 0.0005
+_MOST_SECONDS = 0.02
+#: No batch for so many times as long as the last one took: there are none.
+_IDLE_BATCHES = 2.0
+
+
+class BatchActivity:
+    """Whether batches run on a worker, by when the last one ended and how long it took."""
+
+    def __init__(self) -> None:
+        self._ended_at = float("-inf")
+        self._seconds = 0.0
+
+    def ran(self, seconds: float, now: float) -> None:
+        """A batch that took `seconds` is over."""
+        self._ended_at = now
+        self._seconds = seconds
+
+    def is_idle(self, now: float) -> bool:
+        """True if no batch has run lately."""
+        return now - self._ended_at > _IDLE_BATCHES * self._seconds
+
+
+class WorkPacer:
+    """Grants time for one kind of work.
+
+    Args:
+        share: of all time while batches run.
+    """
+
+    def __init__(self, now: float, share: float, activity: BatchActivity) -> None:
+        self._share = share
+        self._activity = activity
+        self._seen_at = now
+        self._saved = 0.0  # what the share of the past comes to, less what was used
+
+    def grant(self, now: float) -> float:
+        """Seconds that may be spent from now on; 0 for none."""
+        self._saved = min(self._saved + self._share * (now - self._seen_at), _MOST_SECONDS)
+        self._seen_at = now
+        if self._activity.is_idle(now):
+            return _IDLE_SECONDS
+        return self._saved if self._saved >= _LEAST_SECONDS else 0.0
+
+    def used(self, now: float) -> None:
+        """What was done since `grant` is over."""
+        self._saved = max(self._saved - (now - self._seen_at), -_MOST_SECONDS)
