@@ -32,7 +32,7 @@ from services.worker.member_state import (
     Placement,
 )
 from services.worker.pipeline.peers import GroupPeers
-from services.worker.regrouping import Regrouping
+from services.worker.regrouping import Regrouping, pipeline_of
 from shared.layout import GroupPlan, Plan, PlanPhase
 from shared.messages import AckState
 
@@ -224,7 +224,10 @@ class Transition:
         self._enter(MemberState.RELOADING)
         self._pipeline = self._next = None
         self._placement.group_id, self._placement.is_leader = "", False
-        self._say(AckState.FAILED, reason)
+        if self._is_to_be_alone:
+            self.answer = None  # given when it is whole
+        else:
+            self._say(AckState.FAILED, reason)
         self._log.warning("group broken", reason=reason)
         self._on_change()
 
@@ -233,6 +236,14 @@ class Transition:
         self._enter(MemberState.SETTLED)
         if self._plan is not None:
             self.take(self._plan)
+
+    @property
+    def _is_to_be_alone(self) -> bool:
+        """True if the newest plan is committed and has the worker in no pipeline."""
+        plan = self._plan
+        if plan is None or plan.phase is PlanPhase.PREPARE:
+            return False
+        return pipeline_of(plan, self._worker_id) is None
 
     @property
     def is_reloading(self) -> bool:

@@ -86,8 +86,12 @@ async def cluster(whole_cluster: Cluster, undisturbed: list[Answer]) -> AsyncIte
     ("point", "role"),
     cases(
         POINTS,
-        {(COMMITTING, "follower"), (EXCHANGING, "leader"), (DROPPED, "follower")}
-        | {(RESTORING, "leader"), (LEAVING, "follower")},
+        {
+            (COMMITTING, "follower"),
+            (EXCHANGING, "leader"),
+            (DROPPED, "follower"),
+            (RESTORING, "leader"),
+        },
     ),
 )
 async def test_a_member_is_killed(
@@ -164,7 +168,7 @@ async def test_the_leading_planner_is_killed_and_its_successor_goes_on(
         {(DROPPED, "leader"), (COMMITTING, "follower")},
     ),
 )
-@pytest.mark.parametrize("keeps_store", [True, False])
+@pytest.mark.parametrize("keeps_store", [False, pytest.param(True, marks=pytest.mark.soak)])
 async def test_nats_is_killed_and_comes_back(
     cluster: Cluster, undisturbed: list[Answer], point: Point, role: str, keeps_store: bool
 ) -> None:
@@ -183,7 +187,27 @@ async def test_nats_is_killed_and_comes_back(
         await eventually(lambda: is_at_rest(cluster), RECOVERY_SECONDS)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("role", ROLES)
+async def test_a_member_dies_while_nats_is_away(
+    cluster: Cluster, undisturbed: list[Answer], role: str
+) -> None:
+    """Nobody hears what became of the requests before the routers ask."""
+    members = await members_of_drop(cluster)
+    (survivor,) = set(cluster.workers) - {members[role]}
+    breaks = num_breaks(cluster)
+    async with Streams([cluster.url], REQUESTS) as streams:
+        await streams.wait_tokens(UNDER_WAY)
+        await bring_to(cluster, RESTORING)
+        await cluster.nats.kill()
+        members[role].kill()
+        await eventually(lambda: num_breaks(cluster) > breaks)
+        await cluster.nats.start()
+        assert await streams.answers() == undisturbed
+    await eventually(lambda: serves_alone(cluster, survivor), RECOVERY_SECONDS)
+
+
+@pytest.mark.parametrize("role", ["follower", pytest.param("leader", marks=pytest.mark.soak)])
 async def test_a_member_that_is_told_to_end_leaves_when_nobody_needs_it(
     cluster: Cluster, undisturbed: list[Answer], role: str
 ) -> None:
