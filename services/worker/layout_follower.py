@@ -74,11 +74,7 @@ class LayoutFollower:
             await asyncio.sleep(REREAD_SECONDS)
 
     def offer(self, payload: bytes) -> None:
-        """Take the content of the plan key; stale and foreign plans change nothing.
-
-        Raises:
-            GroupBrokenUpError: the worker cannot follow, except by starting anew.
-        """
+        """Take the content of the plan key; stale and foreign plans change nothing."""
         try:
             plan = Plan.decode(payload)
         except MessageError as error:
