@@ -4,7 +4,7 @@
     ----------                                -------------
     submit(command)  --- SimpleQueue --->     apply commands, step while there is work
     links' threads   --- frames ------->
-    on_report(...)   <-- call_soon_threadsafe ---  EngineReport after each step
+    on_report(...)   <-- call_soon_threadsafe ---  EngineReport before and after each step
 
 The event loop never calls torch; the thread never awaits. Commands and frames are taken between
 batches, so a cancelled request holds its KV for one step at most.
@@ -16,7 +16,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -156,13 +156,15 @@ class EngineThread:
 
         Args:
             build: loads the model, inside the thread.
-            on_report: called on `loop` after every step and every batch of commands.
+            on_report: called on `loop` whenever there is news, as soon as it is known.
         """
         self._build = build
         self._loop = loop
         self._on_report = on_report
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._woke_at = time.monotonic()
+        self._num_added = 0
+        self._holdings: tuple[object, ...] = ()
         self._ready: Future[ModelFacts] = Future()
         self._finished: Future[None] = Future()
         self._log = structlog.get_logger(component="engine")
@@ -216,25 +218,24 @@ class EngineThread:
             self._finished.set_result(None)
 
     def _run(self, engine: BuiltEngine) -> None:
-        core, member, num_added = engine.core, engine.member, 0
-        holdings = engine.runner.holdings
-        self._report(EngineReport((), core.load(), num_added, engine.runner.meter.read()))
+        core, member = engine.core, engine.member
+        self._holdings = engine.runner.holdings
+        self._report(engine, (), ())
         while True:
             commands = self._wait_for_commands(engine)
             if any(isinstance(command, Stop) for command in commands):
                 return
-            num_added += sum(isinstance(command, Add) for command in commands)
+            self._num_added += sum(isinstance(command, Add) for command in commands)
             items = [item for command in commands for item in _apply(core, member, command)]
             items += member.pump(time.monotonic())
-            items += core.step(time.monotonic())
+            if items:  # what has come back must not wait for the next batch
+                self._report(engine, items, member.take_events())
+            items = core.step(time.monotonic())
             items += member.pump(time.monotonic())
             engine.runner.pool.unmap_stale(_UNMAP_BYTES)
             events = member.take_events()
-            before, holdings = holdings, engine.runner.holdings
-            facts = model_facts(engine.runner) if holdings != before else None
-            if commands or items or events or facts:
-                reading, load = engine.runner.meter.read(), core.load()
-                self._report(EngineReport(tuple(items), load, num_added, reading, events, facts))
+            if commands or items or events or engine.runner.holdings != self._holdings:
+                self._report(engine, items, events)
             if member.is_grouped:
                 engine.runner.meter.worked(time.monotonic() - self._woke_at)
 
@@ -257,7 +258,18 @@ class EngineThread:
         except queue.Empty:
             return commands
 
-    def _report(self, report: EngineReport) -> None:
+    def _report(
+        self, engine: BuiltEngine, items: Sequence[TokenItem], events: tuple[GroupEvent, ...]
+    ) -> None:
+        before, self._holdings = self._holdings, engine.runner.holdings
+        report = EngineReport(
+            items=tuple(items),
+            load=engine.core.load(),
+            num_added=self._num_added,
+            reading=engine.runner.meter.read(),
+            events=events,
+            facts=model_facts(engine.runner) if self._holdings != before else None,
+        )
         self._loop.call_soon_threadsafe(self._on_report, report)
 
 
