@@ -121,13 +121,13 @@ class Fleet:
         ]
 
     def longest_request(self, now: float) -> int | None:
-        """Tokens (prompt and output) that some serving group can hold; None if none serves."""
-        lengths = []
-        for group in self.serving_groups(now):
-            report = self.loads[group.leader].report
-            pool = report.kv_blocks_total * report.block_size
-            lengths.append(min(pool, self.workers[group.leader].max_model_len))
-        return max(lengths, default=None)
+        """Tokens (prompt and output) that some serving group can hold; None if none serves.
+
+        What leaders say of themselves: a replica's memory bounds it, pipelines have more. The load
+        says less where a layout has just begun, and members have not granted their blocks yet.
+        """
+        leaders = [group.leader for group in self.serving_groups(now)]
+        return max((self.workers[leader].max_model_len for leader in leaders), default=None)
 
     def _is_serving(self, group: GroupPlan, now: float) -> bool:
         leader, *followers = (self.workers.get(member.worker_id) for member in group.members)

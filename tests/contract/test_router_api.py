@@ -368,7 +368,7 @@ async def test_prompt_larger_than_every_kv_cache_is_refused(
     tmp_path: Path, http: aiohttp.ClientSession
 ) -> None:
     async with running_cluster(tmp_path) as cluster:
-        await cluster.add_worker("w0", StubBehaviour(kv_blocks_total=4))
+        await cluster.add_worker("w0", StubBehaviour(max_model_len=64))
         await cluster.add_router()
         await cluster.ready()
         status, answer = await post(http, cluster.url + COMPLETIONS, {"prompt": "x" * 64})

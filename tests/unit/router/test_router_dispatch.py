@@ -184,10 +184,12 @@ def test_old_and_dry_plans_change_nothing() -> None:
     assert fleet.apply_plan(plan([["b"]], epoch=2))
 
 
-def test_the_longest_request_is_what_the_largest_group_holds() -> None:
+def test_the_longest_request_is_what_the_largest_worker_says() -> None:
     fleet = fleet_of([["a"], ["b"]])
-    assert fleet.longest_request(0.0) == 100  # the model's length
-    fleet.apply_load(report("a", total=3), 0.0)
-    fleet.apply_load(report("b", total=5), 0.0)
-    assert fleet.longest_request(0.0) == 80
+    fleet.apply_worker(info("a").model_copy(update={"max_model_len": 80}))
+    fleet.apply_load(report("a"), 0.0)
+    assert fleet.longest_request(0.0) == 100
+    fleet.mark_full("b")
+    fleet.apply_load(report("b", total=0), 0.0)  # a pipeline whose members still hand over
+    assert fleet.longest_request(0.0) == 100
     assert Fleet("r").longest_request(0.0) is None
