@@ -34,8 +34,8 @@ class Event(Enum):
     KILL_NATS = auto()
 
 
-#: Pauses that nobody takes for a death, and one that everybody does.
-PAUSE_SECONDS = (0.05, 0.2, 0.4)
+#: Hangs and absences: some that nobody takes for a death, some that everybody does.
+PAUSE_SECONDS = (0.05, 0.2, 0.4, 1.5, 3.0)
 #: From nothing at all to longer than any transition takes.
 GAP_SECONDS = (0.0, 0.02, 0.1, 0.4, 1.5)
 

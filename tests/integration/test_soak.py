@@ -19,7 +19,7 @@ from tests.integration.layouts import Operator
 pytestmark = pytest.mark.soak
 
 SEED = int(os.environ.get("SOAK_SEED") or secrets.randbelow(10_000))
-NUM_STEPS = 40
+NUM_STEPS = 30
 NUM_CLIENTS = 10
 SETTINGS = {
     "KUNSERVE_DEVICE_MEMORY": "4MiB",
@@ -39,6 +39,7 @@ REQUESTS = [
 ]
 LAYOUTS = {Event.DROP: 4, Event.RESTORE: 3}
 TROUBLE = {Event.PAUSE_WORKER: 1, Event.KILL_PLANNER: 1, Event.KILL_NATS: 1}
+DEATH = {Event.KILL_WORKER: 2}
 
 
 @pytest.mark.timeout(280)
@@ -48,7 +49,8 @@ TROUBLE = {Event.PAUSE_WORKER: 1, Event.KILL_PLANNER: 1, Event.KILL_NATS: 1}
         pytest.param(2, LAYOUTS, id="two-drops"),
         pytest.param(4, LAYOUTS, id="four-drops"),
         pytest.param(2, LAYOUTS | TROUBLE, id="two-trouble"),
-        pytest.param(4, LAYOUTS | TROUBLE, id="four-trouble"),
+        pytest.param(3, LAYOUTS | DEATH, id="three-deaths"),
+        pytest.param(4, LAYOUTS | TROUBLE | DEATH, id="four-all"),
     ],
 )
 @pytest.mark.parametrize("seed", [SEED], ids=str)
