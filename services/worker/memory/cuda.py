@@ -12,7 +12,8 @@ must be allocated before. Chunks can be exported to other processes as file desc
 device can do that at all.
 
 `VmmDriver` is the seam to the driver: `cuda_driver.py` is the real one, `tests/fake_cuda.py` has
-the same rules and runs the same contract tests without a device. The engine thread calls this.
+the same rules and runs the same contract tests without a device. On a real one nothing of this has
+run yet. The engine thread calls it.
 """
 
 from __future__ import annotations
