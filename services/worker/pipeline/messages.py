@@ -31,11 +31,11 @@ from shared.wire import Message, WireModel
 class FrameKind(IntEnum):
     """`LinkFrame.kind`: which message the header is, and what the buffers are."""
 
-    MICROBATCH = 1  # hidden states [num_tokens, hidden_size] float32
+    MICROBATCH = 1  # hidden states [num_tokens, hidden_size] in the type of the model's weights
     TOKENS = 2
     RELEASE = 3
     ORDER = 4
-    KV_PART = 5  # blocks [num_layers, num_blocks, *kv_block_shape] float32
+    KV_PART = 5  # blocks [num_layers, num_blocks, *kv_block_shape] in that type
     FILLED = 6
     HAND_OVER = 7
     CAPACITY = 8
