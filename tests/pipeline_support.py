@@ -56,6 +56,7 @@ class Client:
     loads: dict[str, LoadReport] = field(default_factory=dict)
     plan: Plan | None = None
     num_dispatches: int = 0
+    workers: Sequence[str] = WORKERS
 
     async def start(self) -> None:
         await self.bus.subscribe(SUBJECTS.tokens(ROUTER), self._on_frame)
@@ -103,9 +104,9 @@ class Client:
         await self._plans.put(PLAN_KEY, self.plan.encode())
 
     async def answered(self, *states: AckState) -> bool:
-        """Whether both workers said one of `states` to the newest plan."""
+        """Whether all workers said one of `states` to the newest plan."""
         assert self.plan is not None
-        for worker_id in WORKERS:
+        for worker_id in self.workers:
             entry = await self._acks.get(worker_id)
             if entry is None or entry.value is None:
                 return False
@@ -125,7 +126,7 @@ class Client:
         return PlanAck.decode(entry.value).state is AckState.REFUSED
 
     async def be_replicas(self) -> None:
-        groups = [make_group(f"g-{worker_id}", [worker_id]) for worker_id in WORKERS]
+        groups = [make_group(f"g-{worker_id}", [worker_id]) for worker_id in self.workers]
         await self.publish(groups, LayoutState.STABLE, PlanPhase.COMMIT, change=False)
         await self.settled()
 
@@ -142,11 +143,25 @@ class Client:
         await eventually(lambda: self.answered(AckState.APPLIED, AckState.SETTLED))
 
     async def restore(self) -> None:
-        groups = [make_group(f"g-{worker_id}", [worker_id]) for worker_id in WORKERS]
+        groups = [make_group(f"g-{worker_id}", [worker_id]) for worker_id in self.workers]
         await self.publish(groups, LayoutState.RESTORING, PlanPhase.PREPARE, change=True)
         await eventually(lambda: self.answered(AckState.PREPARED))
         await self.publish(groups, LayoutState.RESTORING, PlanPhase.COMMIT, change=True)
         await eventually(lambda: self.answered(AckState.APPLIED, AckState.SETTLED))
+
+    async def regroup(self, state: LayoutState, *groups: Sequence[str]) -> None:
+        """Go to another layout, each group named by its workers; returns when it is settled."""
+        assert self.plan is not None
+        epoch = self.plan.epoch + 1
+        plans = [
+            make_group(f"p-{g[0]}", g, epoch) if len(g) > 1 else make_group(f"g-{g[0]}", g)
+            for g in groups
+        ]
+        await self.publish(plans, state, PlanPhase.PREPARE, change=True)
+        await eventually(lambda: self.answered(AckState.PREPARED))
+        await self.publish(plans, state, PlanPhase.COMMIT, change=True)
+        await eventually(lambda: self.answered(AckState.APPLIED, AckState.SETTLED))
+        await self.settled()
 
     async def settled(self) -> None:
         await eventually(lambda: self.answered(AckState.SETTLED))
@@ -206,7 +221,7 @@ def prompt_of(name: str) -> list[int]:
     return random_tokens(8 + 7 * (len(name) + ord(name[-1]) % 5), sum(name.encode()), VOCAB_SIZE)
 
 
-def make_group(group_id: str, worker_ids: list[str], epoch: int = 0) -> GroupPlan:
+def make_group(group_id: str, worker_ids: Sequence[str], epoch: int = 0) -> GroupPlan:
     bounds = [NUM_LAYERS * position // len(worker_ids) for position in range(len(worker_ids) + 1)]
     members = tuple(
         MemberPlan(worker_id=worker_id, span=Span(start=start, end=end))
@@ -252,14 +267,14 @@ async def running_worker(server: MemoryServer, worker_id: str, model: Path) -> A
 
 
 @asynccontextmanager
-async def running_cluster(model: Path) -> AsyncIterator[Client]:
-    """Two replicas that the plan knows."""
+async def running_cluster(model: Path, workers: Sequence[str] = WORKERS) -> AsyncIterator[Client]:
+    """Replicas that the plan knows."""
     server = MemoryServer(time.monotonic)
     async with AsyncExitStack() as stack:
-        client = Client(MemoryBus(server, "test"))
+        client = Client(MemoryBus(server, "test"), workers=workers)
         stack.push_async_callback(client.bus.close)
         await client.start()
-        for worker_id in WORKERS:
+        for worker_id in workers:
             await stack.enter_async_context(running_worker(server, worker_id, model))
         await client.be_replicas()
         yield client

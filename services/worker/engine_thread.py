@@ -16,7 +16,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -31,6 +31,7 @@ from services.worker.identity import ModelFacts
 from services.worker.inspection import EngineInspection
 from services.worker.links.base import DownReason, Link, LinkFrame
 from services.worker.meter import MeterReading
+from services.worker.news import News
 from services.worker.pipeline.events import GroupEvent
 from services.worker.pipeline.member import GroupMember
 from services.worker.pipeline.peers import GroupPeers
@@ -124,7 +125,7 @@ Command = Add | Cancel | Drain | Inspect | Stop | GroupCommand
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """What one round of the thread brought.
+    """What one round of the thread brought, or a part of it.
 
     Attributes:
         items: new tokens and ends of requests; may be empty.
@@ -220,22 +221,24 @@ class EngineThread:
     def _run(self, engine: BuiltEngine) -> None:
         core, member = engine.core, engine.member
         self._holdings = engine.runner.holdings
-        self._report(engine, (), ())
+        self._report(engine, News())
         while True:
             commands = self._wait_for_commands(engine)
             if any(isinstance(command, Stop) for command in commands):
                 return
             self._num_added += sum(isinstance(command, Add) for command in commands)
-            items = [item for command in commands for item in _apply(core, member, command)]
-            items += member.pump(time.monotonic())
-            if items:  # what has come back must not wait for the next batch
-                self._report(engine, items, member.take_events())
-            items = core.step(time.monotonic())
-            items += member.pump(time.monotonic())
+            news = News()
+            for command in commands:
+                news.add(_apply(core, member, command), member.take_events())
+            news.add(member.pump(time.monotonic()), member.take_events())
+            if news.has_items:  # what has come back must not wait for the next batch
+                self._report(engine, news)
+                news = News()
+            news.add(core.step(time.monotonic()), member.take_events())
+            news.add(member.pump(time.monotonic()), member.take_events())
             engine.runner.pool.unmap_stale(_UNMAP_BYTES)
-            events = member.take_events()
-            if commands or items or events or engine.runner.holdings != self._holdings:
-                self._report(engine, items, events)
+            if commands or not news.is_empty or engine.runner.holdings != self._holdings:
+                self._report(engine, news)
             if member.is_grouped:
                 engine.runner.meter.worked(time.monotonic() - self._woke_at)
 
@@ -258,19 +261,20 @@ class EngineThread:
         except queue.Empty:
             return commands
 
-    def _report(
-        self, engine: BuiltEngine, items: Sequence[TokenItem], events: tuple[GroupEvent, ...]
-    ) -> None:
+    def _report(self, engine: BuiltEngine, news: News) -> None:
         before, self._holdings = self._holdings, engine.runner.holdings
-        report = EngineReport(
-            items=tuple(items),
-            load=engine.core.load(),
-            num_added=self._num_added,
-            reading=engine.runner.meter.read(),
-            events=events,
-            facts=model_facts(engine.runner) if self._holdings != before else None,
-        )
-        self._loop.call_soon_threadsafe(self._on_report, report)
+        facts = model_facts(engine.runner) if self._holdings != before else None
+        load, reading = engine.core.load(), engine.runner.meter.read()
+        for events, items in news.parts:
+            report = EngineReport(
+                items=tuple(items),
+                load=load,
+                num_added=self._num_added,
+                reading=reading,
+                events=tuple(events),
+                facts=facts,
+            )
+            self._loop.call_soon_threadsafe(self._on_report, report)
 
 
 def _wait_seconds(engine: BuiltEngine) -> float:
