@@ -71,10 +71,17 @@ def run_row(run: PolicyRun) -> list[str]:
         f"{summary.output_tokens_per_second:.0f}",
         str(run.num_preemptions),
         str(len(run.drops)),
-        str(len(run.restores)) + ("" if run.is_restored else " (not whole at the end)"),
+        _restores(run),
         f"{run.peak_demand:.2f} x",
         f"{run.peak_capacity:.2f} x",
     ]
+
+
+def _restores(run: PolicyRun) -> str:
+    """How many, and what an operator would ask about."""
+    notes = [f"{count} waited" for count in run.waiting_at_restore if count]
+    notes += [] if run.is_restored else ["not whole at the end"]
+    return f"{len(run.restores)}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def ratio_table(runs: Sequence[PolicyRun]) -> Table:
