@@ -27,6 +27,7 @@ from shared.layout import Change, GroupPlan, LayoutState, MemberPlan, Plan, Plan
 from shared.messages import (
     AckState,
     Cancel,
+    FinishReason,
     GenerateReply,
     GenerateRequest,
     GenerateStatus,
@@ -58,6 +59,7 @@ class DropCluster:
         self._random = random.Random(1)
         self._plan: Plan | None = None
         self._num_requests = 0
+        self._failure = ""
         self.token_times: dict[str, list[float]] = defaultdict(list)
 
     async def start(self) -> None:
@@ -210,8 +212,8 @@ class DropCluster:
         now = time.monotonic()
         for item in TokenFrame.decode(message.payload).items:
             self.token_times[item.request_id] += [now] * len(item.token_ids)
-            if item.error:
-                raise ServerError(f"request {item.request_id} failed: {item.error}")
+            if item.error or item.finish_reason is FinishReason.LOST:
+                self._failure = f"request {item.request_id} failed: {item.error or 'lost'}"
 
     # --- looking ---------------------------------------------------------------------------------
 
@@ -227,9 +229,15 @@ class DropCluster:
         return found
 
     async def wait_until(self, condition: Callable[[], Awaitable[bool]], complaint: str) -> None:
-        """Poll `condition` until it holds; raises ServerError where it does not in time."""
+        """Poll `condition` until it holds.
+
+        Raises:
+            ServerError: it does not in time, or a request has failed, so that figures mean nothing.
+        """
         ends_at = time.monotonic() + _DEADLINE_SECONDS
         while not await condition():
+            if self._failure:
+                raise ServerError(self._failure)
             if time.monotonic() > ends_at:
                 raise ServerError(f"{complaint} within {_DEADLINE_SECONDS:g} s")
             await asyncio.sleep(_POLL_SECONDS)
