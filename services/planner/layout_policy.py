@@ -14,6 +14,9 @@ from enum import StrEnum
 from shared.layout import GroupPlan, LayoutState, MemberPlan, Plan, Span
 from shared.messages import WorkerInfo, WorkerState
 
+#: Type and tokens of a block of a worker's KV.
+KvFormat = tuple[str, int]
+
 
 class WorkerVerdict(StrEnum):
     """Why a worker is in the layout, or is not."""
@@ -24,6 +27,7 @@ class WorkerVerdict(StrEnum):
     DRAINING = "draining"
     PARTIAL = "partial"  # does not hold every layer
     OTHER_MODEL = "other_model"
+    OTHER_FORMAT = "other_format"  # its KV is of another type, or in other blocks
 
 
 _NOT_SERVING: Mapping[WorkerState, WorkerVerdict] = {
@@ -94,8 +98,9 @@ def settled_layout(
         and _can_serve(group, workers, model, absence_counts=absence_counts)
     ]
     placed = {member.worker_id for group in kept for member in group.members}
+    kv_format = _choose_format(workers, model, placed)
     verdicts = {
-        worker_id: _judge(info, model, is_placed=worker_id in placed)
+        worker_id: _judge(info, model, kv_format, is_placed=worker_id in placed)
         for worker_id, info in workers.items()
     }
     kept += [
@@ -142,6 +147,19 @@ def _choose_model(
     return min(models, key=lambda model: (-models[model], model), default=None)
 
 
+def _choose_format(
+    workers: Mapping[str, WorkerInfo], model: tuple[str, int], placed: Collection[str]
+) -> KvFormat | None:
+    """The format of the workers that serve, else the one that most have.
+
+    KV travels between workers, and a replay must give the tokens that it would have given.
+    """
+    fit = [info for info in workers.values() if (info.model_id, info.num_layers) == model]
+    serving = [info for info in fit if info.worker_id in placed]
+    formats = Counter((info.dtype, info.block_size) for info in serving or fit)
+    return min(formats, key=lambda each: (-formats[each], each), default=None)
+
+
 def _can_serve(
     group: GroupPlan,
     workers: Mapping[str, WorkerInfo],
@@ -169,9 +187,13 @@ def _can_serve(
     return True
 
 
-def _judge(info: WorkerInfo, model: tuple[str, int], *, is_placed: bool) -> WorkerVerdict:
+def _judge(
+    info: WorkerInfo, model: tuple[str, int], kv_format: KvFormat | None, *, is_placed: bool
+) -> WorkerVerdict:
     if (info.model_id, info.num_layers) != model:
         return WorkerVerdict.OTHER_MODEL
+    if (info.dtype, info.block_size) != kv_format:
+        return WorkerVerdict.OTHER_FORMAT
     if (verdict := _NOT_SERVING.get(info.state)) is not None:
         return verdict
     if not is_placed and not holds_all_layers(info):

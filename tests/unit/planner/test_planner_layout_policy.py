@@ -106,3 +106,22 @@ def test_the_model_is_kept_while_a_worker_has_it() -> None:
     replaced = settled_layout(workers, previous)
     assert replaced is not None
     assert replaced.model_id == "new"
+
+
+def test_a_worker_of_another_type_does_not_serve_beside_the_others() -> None:
+    infos = [worker_info("a", dtype="bfloat16"), *(worker_info(w) for w in "bc")]
+    workers = {info.worker_id: info for info in infos}
+    layout = settled_layout(workers, None)
+    assert layout is not None
+    assert layout.verdicts["a"] is WorkerVerdict.OTHER_FORMAT
+    assert [group.leader for group in layout.groups] == ["b", "c"]
+
+
+def test_workers_that_serve_keep_their_type_however_many_others_join() -> None:
+    workers = {"a": worker_info("a", dtype="bfloat16")}
+    first = settled_layout(workers, None)
+    assert first is not None
+    workers |= {w: worker_info(w) for w in "bc"}
+    layout = settled_layout(workers, None, first.groups)
+    assert layout is not None
+    assert [group.leader for group in layout.groups] == ["a"]
