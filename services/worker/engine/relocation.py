@@ -12,7 +12,7 @@ Called by the worker's transition, between batches; decides, and leaves bytes to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from services.worker.engine.exchange import Exchange, exchange_order
 from services.worker.engine.request import KvKey, Request, RequestKey, RequestStatus
@@ -113,6 +113,22 @@ class Relocation:
             return False
         self._pool.park(request, request.route, target)
         return True
+
+    def recompute_outside(self, workers: Collection[WorkerId]) -> None:
+        """Requests with KV on others than `workers` are computed again: nobody could fetch it.
+
+        Raises:
+            RelocationError: one of them is in flight; nothing has changed.
+        """
+        pool = self._pool
+        lost = [
+            request
+            for request in (*pool.running, *pool.parked, *pool.exchanging)
+            if request.route is not None and not set(request.route.worker_ids).issubset(workers)
+        ]
+        self._check_boundary(lost)
+        for request in lost:
+            pool.preempt(request)
 
     # --- between schedulers ----------------------------------------------------------------------
 

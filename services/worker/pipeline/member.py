@@ -159,6 +159,7 @@ class GroupMember:
         stage = FollowerStage(
             peers, self._runner, self._scheduler, self._events.append, self._on_release
         )
+        self._scheduler.relocation.recompute_outside(peers.route.worker_ids)
         stage.begin()
         self._scheduler.relocation.enter(self._alone)
         self._serving = self._roles[peers.key] = stage

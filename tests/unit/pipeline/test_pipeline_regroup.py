@@ -74,6 +74,7 @@ def test_streams_live_through_two_drops_and_two_restores(
         pytest.param([([0], [1]), ([0, 1],), ([1, 0],)], id="places changed"),
         pytest.param([([0], [1], [2]), ([0, 1, 2],), ([1, 2], [0])], id="layers changed"),
         pytest.param([ALONE, PAIRS, ([3, 0, 2, 1],), ALONE], id="another leader"),
+        pytest.param([ALONE, FOUR, ([3, 0], [1], [2])], id="leader follows some of them"),
     ],
 )
 def test_any_layout_follows_any_other(
