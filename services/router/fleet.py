@@ -93,6 +93,15 @@ class Fleet:
         """Do not send to this worker before its next report: it refused."""
         self._of(worker_id).is_full = True
 
+    def mark_broken(self, worker_id: str) -> None:
+        """The worker lost KV, so its group broke: send that nothing before its leader reports."""
+        for group in self._groups_of(worker_id):
+            self.mark_full(group.leader)
+
+    def is_placed(self, worker_id: str) -> bool:
+        """True if the plan has the worker serve."""
+        return bool(self._groups_of(worker_id))
+
     def mark_suspect(self, worker_id: str) -> None:
         """It did not answer: send it nothing before its next report, and find out why."""
         self._of(worker_id).is_full = True
@@ -128,6 +137,10 @@ class Fleet:
         """
         leaders = [group.leader for group in self.serving_groups(now)]
         return max((self.workers[leader].max_model_len for leader in leaders), default=None)
+
+    def _groups_of(self, worker_id: str) -> list[GroupPlan]:
+        groups = self.plan.serving_groups if self.plan is not None else ()
+        return [g for g in groups if any(m.worker_id == worker_id for m in g.members)]
 
     def _is_serving(self, group: GroupPlan, now: float) -> bool:
         leader, *followers = (self.workers.get(member.worker_id) for member in group.members)

@@ -140,6 +140,7 @@ class Generator:
                 session.lose()
                 return [item for item in _without_end(items) if item.token_ids]
             case FinishReason.LOST:
+                self._fleet.mark_broken(session.worker_id)
                 session.replay()
                 return [item for item in _without_end(items) if item.token_ids]
             case FinishReason.ERROR:

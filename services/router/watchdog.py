@@ -26,7 +26,8 @@ TICK_SECONDS = 0.1
 SUSPECT_SILENCE_SECONDS = 2.0
 #: ... and any other after so long: it may be waiting for a seat, but a lost frame looks the same.
 SILENCE_SECONDS = 5.0
-#: A worker without reports that does not even answer a ping is given up after so long.
+#: A worker without reports that does not even answer a ping is given up after so long, and at once
+#: where the plan has no place for it: its group broke because others miss it, too.
 GIVE_UP_SECONDS = 5.0
 #: After a reconnect the workers get so long to reconnect, too.
 RECONNECT_GRACE_SECONDS = 3.0
@@ -127,7 +128,8 @@ class Watchdog:
         if now - self._reconnected_at < RECONNECT_GRACE_SECONDS:
             return
         age = self._fleet.load_age(worker_id, now)
+        is_hopeless = age > GIVE_UP_SECONDS or not self._fleet.is_placed(worker_id)
         if reach is Reach.GONE:
             self._generator.lose_worker(worker_id, "nobody listens there")
-        elif reach is Reach.SILENT and age > GIVE_UP_SECONDS:
-            self._generator.lose_worker(worker_id, f"silent for {age:.0f} s")
+        elif reach is Reach.SILENT and is_hopeless:
+            self._generator.lose_worker(worker_id, f"silent for {age:.1f} s")

@@ -16,13 +16,14 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from services.router import generator, watchdog
 from services.router.generator import MAX_LOSSES
 from shared.bus.base import BusMessage
 from shared.messages import GenerateStatus, QueueReport, unpack_token_ids
 from shared.subjects import Subjects
 from tests.conftest import eventually
 from tests.router_support import ASCII_TOKENS, Cluster, post_stream, running_cluster
-from tests.stub_worker import StubBehaviour, hashed_token
+from tests.stub_worker import StubBehaviour, hashed_token, publish_plan
 
 COMPLETIONS = "/v1/completions"
 NUM_TOKENS = 40
@@ -140,6 +141,24 @@ async def test_losing_its_kv_is_not_the_requests_fault_however_often(
     assert NUM_TOKENS > 2 * MAX_LOSSES
     assert (await post_stream(http, cluster.url + COMPLETIONS, body())).text == expected()
     assert len(cluster.workers["w0"].requests) == NUM_TOKENS
+
+
+async def test_a_silent_worker_that_the_plan_has_dropped_is_given_up_at_once(
+    cluster: Cluster, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others miss it, too; nothing else would end the wait here."""
+    monkeypatch.setattr(watchdog, "GIVE_UP_SECONDS", float("inf"))
+    monkeypatch.setattr(generator, "MAX_SILENT_RESUMES", float("inf"))
+    await cluster.add_worker("w0", StubBehaviour(pause_at=10))
+    await cluster.add_router()
+    await cluster.ready()
+    running = asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body()))
+    await eventually(lambda: cluster.workers["w0"].num_tokens == 10)
+    await cluster.add_worker("w1")
+    cluster.workers["w0"].behaviour.reports_load = False
+    cluster.workers["w0"].behaviour.ignores_control = True
+    await publish_plan(cluster.bus, ["w1"])
+    assert (await running).text == expected()
 
 
 async def test_a_restarted_worker_is_noticed_by_its_incarnation(

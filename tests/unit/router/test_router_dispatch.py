@@ -149,6 +149,23 @@ def test_a_group_takes_requests_while_a_stage_drains_but_not_its_leader() -> Non
     assert leaders(fleet) == []
 
 
+def test_a_broken_group_gets_nothing_before_its_leader_reports() -> None:
+    """A follower may know first, and the leader may be dead."""
+    fleet = fleet_of([["a", "b"], ["c"]])
+    fleet.mark_broken("b")
+    fleet.apply_load(report("b"), 0.1)
+    assert leaders(fleet, now=0.1) == ["c"]
+    fleet.apply_load(report("a"), 0.1)
+    assert leaders(fleet, now=0.1) == ["a", "c"]
+
+
+def test_whom_the_plan_has_serve() -> None:
+    fleet = fleet_of([["a", "b"]])
+    assert fleet.is_placed("a")
+    assert fleet.is_placed("b")
+    assert not fleet.is_placed("c")
+
+
 def test_a_failed_worker_rests() -> None:
     fleet = fleet_of([["a"]])
     fleet.inhibit("a", 0.0)
