@@ -6,11 +6,12 @@ TTFT of each request        | policy none | policy drop |   axes shared along ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
 import matplotlib as mpl
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -18,7 +19,8 @@ from benchmarks.overload_run import PolicyRun
 
 #: TTFT is also shown as the median of so many seconds of arrivals.
 WINDOW_SECONDS = 5.0
-DEMAND, CAPACITY, DROP, RESTORE = "#d95f02", "#1b1b1b", "#c0392b", "#2471a3"
+DEMAND, CAPACITY, TTFT, MEDIAN = "#d95f02", "#1b1b1b", "#7570b3", "#3f3a86"
+DROP, RESTORE = "#c0392b", "#1b7f4d"
 
 
 def draw_runs(runs: Sequence[PolicyRun], tokens_per_block: int, path: Path) -> None:
@@ -34,6 +36,7 @@ def draw_runs(runs: Sequence[PolicyRun], tokens_per_block: int, path: Path) -> N
         for row in (0, 1):
             _mark(axes[row, column], run)
             axes[row, column].grid(alpha=0.25)
+    _explain(figure, axes.flat)
     axes[0, 0].set_ylabel("KV cache, thousand tokens")
     axes[1, 0].set_ylabel("TTFT, s")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,10 +60,10 @@ def _draw_ttft(axes: Axes, run: PolicyRun) -> None:
         [record.sent_at for record in done],
         [record.ttft_seconds for record in done],
         s=9,
-        color=DEMAND,
-        alpha=0.6,
+        color=TTFT,
+        alpha=0.7,
         linewidths=0,
-        label="a request, at its arrival",
+        label="TTFT of a request, at its arrival",
     )
     windows: dict[int, list[float]] = {}
     for record in done:
@@ -69,15 +72,15 @@ def _draw_ttft(axes: Axes, run: PolicyRun) -> None:
     axes.plot(
         [(number + 0.5) * WINDOW_SECONDS for number in numbers],
         [median(windows[number]) for number in numbers],
-        color=CAPACITY,
+        color=MEDIAN,
         linewidth=1.2,
-        label=f"median of {WINDOW_SECONDS:g} s",
+        label=f"median TTFT of {WINDOW_SECONDS:g} s",
     )
     axes.set_ylim(bottom=0)
 
 
 def _mark(axes: Axes, run: PolicyRun) -> None:
-    """Vertical lines where layers were dropped and restored; the legend of what is there."""
+    """Vertical lines where layers were dropped and restored."""
     for name, moments, colour in (
         ("drop", run.drops, DROP),
         ("restore", run.restores, RESTORE),
@@ -85,4 +88,12 @@ def _mark(axes: Axes, run: PolicyRun) -> None:
         for number, at in enumerate(moments):
             label = name if number == 0 else None
             axes.axvline(at, color=colour, linewidth=1.2, linestyle="--", label=label)
-    axes.legend(loc="upper right", fontsize=8)
+
+
+def _explain(figure: Figure, all_axes: Iterable[Axes]) -> None:
+    """One legend below everything."""
+    found: dict[str, Artist] = {}
+    for axes in all_axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=4)
