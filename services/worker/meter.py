@@ -50,6 +50,7 @@ class EngineMeter:
     def __init__(self) -> None:
         self.layer: CostModel | None = None
         self._busy = self._bubble = self._gap = 0.0
+        self._ran_dry = True
         self._timings: list[BatchTiming] = []
 
     def read(self) -> MeterReading:
@@ -64,10 +65,16 @@ class EngineMeter:
             self._bubble += seconds
         else:
             self._gap += seconds
+            self._ran_dry = True
 
     def worked(self, seconds: float) -> None:
         """A stage did something."""
         self._busy += seconds
+
+    def batch_sent(self) -> bool:
+        """A leader sends a batch down the chain; whether it had work ever since the one before."""
+        ran_dry, self._ran_dry = self._ran_dry, False
+        return not ran_dry
 
     def batch_arrived(self, *, follows: bool) -> None:
         """A leader's batch is here. `follows`: its requests never ran out since the one before."""

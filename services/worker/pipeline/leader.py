@@ -76,7 +76,6 @@ class PipelineLeader:
         self._flush_releases = flush_releases
         self._timer = PhaseTimer(emit)
         self._was_idle = True
-        self._ran_dry = True  # since the last batch
         self._courier = KvCourier(peers, runner, self._table)
         self._weights = WeightCourier(peers, runner)
         self._in_flight: dict[int, SchedulerOutput] = {}
@@ -134,8 +133,6 @@ class PipelineLeader:
 
     def pump(self) -> None:
         """Make room, load a part of the model, let requests leave, send KV: whatever is due."""
-        if not self._scheduler.requests:
-            self._ran_dry = True
         if self._preparation is not None:
             self._pump_preparation(self._preparation)
         if self._departure is not None and not self._is_over:
@@ -249,8 +246,7 @@ class PipelineLeader:
         slices, rows = sequence_slices(output), sampling_rows(output)
         batch = self._runner.make_batch(slices)
         hidden = self._runner.forward(batch, self._runner.embed(batch), self.peers.span)
-        message = microbatch(output, slices, rows, follows=not self._ran_dry)
-        self._ran_dry = False
+        message = microbatch(output, slices, rows, follows=self._runner.meter.batch_sent())
         self._flush_releases()  # first: what this batch takes may be what they free
         self._in_flight[output.step] = output
         self.peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))

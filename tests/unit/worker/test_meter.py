@@ -34,6 +34,16 @@ def test_a_stage_learns_afterwards_whether_it_waited_in_a_bubble() -> None:
     assert meter.read().bubble_seconds == 0.5
 
 
+def test_a_leader_says_whether_its_work_ran_out() -> None:
+    meter = EngineMeter()
+    assert not meter.batch_sent()
+    meter.waited(1.0, leads_work=True)
+    assert meter.batch_sent()
+    meter.waited(1.0, leads_work=False)
+    assert not meter.batch_sent()
+    assert meter.batch_sent()
+
+
 def test_batches_are_predicted_once_there_is_a_model_and_read_once() -> None:
     meter = EngineMeter()
     meter.computed([ChunkShape(0, 4)], 3, 1.0)
