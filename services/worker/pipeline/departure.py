@@ -8,12 +8,13 @@ What its stages granted is given back bit by bit, so that they can use it for wh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from services.worker.engine.request import Request, RequestStatus
 from services.worker.engine.scheduler import Scheduler
 from services.worker.engine.spreading import spread
 from services.worker.pipeline.events import EventSink, HandedOver
+from services.worker.pipeline.messages import Dissolve, FrameKind, GiveBack
 from services.worker.pipeline.peers import GroupPeers
 
 #: Requests that stand still at once on their way home.
@@ -24,7 +25,7 @@ class Departure:
     """From the commit of the next layout until nobody is left on the pipeline of this one.
 
     Attributes:
-        leaving: members whose blocks the leader will not book any more.
+        is_over: True when the pipeline is dissolved.
         awaited: members that have not taken over the requests yet which are to wait with them.
     """
 
@@ -33,6 +34,7 @@ class Departure:
         peers: GroupPeers,
         scheduler: Scheduler,
         emit: EventSink,
+        flush_releases: Callable[[], None],
         kept: Collection[str],
         *,
         is_superseded: bool,
@@ -43,18 +45,32 @@ class Departure:
             kept: members that this worker leads in its next group too.
             is_superseded: the next group moves all KV: this pipeline is not needed any more.
         """
-        self.leaving = tuple(worker for worker in peers.followers if worker not in kept)
+        self._leaving = tuple(worker for worker in peers.followers if worker not in kept)
         self.awaited: set[str] = set()
+        self.is_over = False
         self._peers = peers
         self._route = peers.route
         self._scheduler = scheduler
         self._emit = emit
+        self._flush_releases = flush_releases
         self._is_superseded = is_superseded
 
-    @property
-    def is_over(self) -> bool:
-        """True if nobody needs the pipeline any more."""
-        return not self.awaited and (self._is_superseded or not self._requests())
+    def pump(self) -> None:
+        """Let requests leave, give back what they free, and dissolve what nobody needs."""
+        if self.is_over:
+            return
+        self._call_home()
+        given_back = self._give_back()
+        if given_back:
+            self._flush_releases()
+            self._peers.send_next(FrameKind.GIVE_BACK, GiveBack(num_blocks=given_back))
+        if self.awaited or (self._requests() and not self._is_superseded):
+            return
+        self._flush_releases()
+        self._peers.send_next(FrameKind.DISSOLVE, Dissolve())
+        for worker_id in self._leaving:
+            self._scheduler.blocks.forget_worker(worker_id)
+        self.is_over = True
 
     def hand_on_queued(self, heirs: Mapping[str, int]) -> None:
         """Let requests without KV wait with whoever of the next leaders has the least to do.
@@ -76,7 +92,7 @@ class Departure:
             self.awaited.add(heir)
             self._emit(HandedOver(self._peers, heir, tuple(requests)))
 
-    def call_home(self) -> None:
+    def _call_home(self) -> None:
         """Park requests that run on the pipeline for their way to the present route."""
         relocation = self._scheduler.relocation
         unsettled = relocation.unsettled_requests
@@ -86,7 +102,7 @@ class Departure:
                 return
             num_free -= relocation.move(request, relocation.route)
 
-    def give_back(self) -> dict[str, int]:
+    def _give_back(self) -> dict[str, int]:
         """Blocks of each leaving member that are booked no more; nothing that is nothing.
 
         Each request that decodes may need another block before it leaves.
@@ -95,7 +111,7 @@ class Departure:
         blocks = self._scheduler.blocks
         given_back = {
             worker: blocks.give_back(worker, blocks.num_used(worker) + num_spare)
-            for worker in self.leaving
+            for worker in self._leaving
         }
         return {worker: count for worker, count in given_back.items() if count}
 

@@ -30,7 +30,6 @@ from services.worker.pipeline.kv_transfer import as_buffer
 from services.worker.pipeline.leader_preparation import LeaderPreparation
 from services.worker.pipeline.messages import (
     Capacity,
-    Dissolve,
     Filled,
     FrameKind,
     GiveBack,
@@ -85,7 +84,6 @@ class PipelineLeader:
         self._preparation: LeaderPreparation | None = None
         self._departure: Departure | None = None
         self._shrink_requests: list[ShrinkRequest] = []
-        self._is_over = False
         self._log = structlog.get_logger(component="leader", group=peers.key.group_id)
 
     def begin(self, *, parks: bool) -> None:
@@ -135,8 +133,8 @@ class PipelineLeader:
         """Make room, load a part of the model, let requests leave, send KV: whatever is due."""
         if self._preparation is not None:
             self._pump_preparation(self._preparation)
-        if self._departure is not None and not self._is_over:
-            self._pump_departure(self._departure)
+        if self._departure is not None:
+            self._departure.pump()
         self._flush_releases()
         self._courier.pump()
         self._weights.pump()
@@ -180,6 +178,7 @@ class PipelineLeader:
             self.peers,
             self._scheduler,
             self._emit,
+            self._flush_releases,
             following if is_led_here else (),
             is_superseded=regrouping.stops and following.issuperset(self.peers.route.worker_ids),
         )
@@ -199,18 +198,6 @@ class PipelineLeader:
         self._shrink_requests = [r for r in self._shrink_requests if r.epoch > preparation.epoch]
         preparation.pump()
 
-    def _pump_departure(self, departure: Departure) -> None:
-        departure.call_home()
-        given_back = departure.give_back()
-        if given_back:
-            self._give_back(GiveBack(num_blocks=given_back))
-        if departure.is_over:
-            self._flush_releases()
-            self.peers.send_next(FrameKind.DISSOLVE, Dissolve())
-            for worker_id in departure.leaving:
-                self._scheduler.blocks.forget_worker(worker_id)
-            self._is_over = True
-
     def _give_back(self, message: GiveBack) -> None:
         self._flush_releases()
         self.peers.send_next(FrameKind.GIVE_BACK, message)
@@ -218,7 +205,7 @@ class PipelineLeader:
     @property
     def is_over(self) -> bool:
         """True when the pipeline is dissolved."""
-        return self._is_over
+        return self._departure is not None and self._departure.is_over
 
     # --- the layout before -----------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from services.worker.core import EngineCore
 from services.worker.engine.request import KvKey
@@ -40,6 +39,7 @@ from services.worker.pipeline.events import (
 from services.worker.pipeline.leader import PipelineLeader
 from services.worker.pipeline.leadership import Leadership
 from services.worker.pipeline.peers import GroupKey, GroupPeers
+from services.worker.pipeline.proposal import Proposal
 from services.worker.pipeline.reload import Reload
 from services.worker.pipeline.role import Role
 from services.worker.pipeline.stage import FollowerStage
@@ -47,16 +47,6 @@ from services.worker.regrouping import Regrouping
 from shared.messages import TokenItem
 
 _LINK_DOWN = "a link of the group is down"
-
-
-@dataclass(slots=True)
-class _Proposal:
-    """A layout that may be committed; `peers` is None where the worker shall serve alone."""
-
-    regrouping: Regrouping
-    peers: GroupPeers | None
-    frames: list[LinkFrame] = field(default_factory=list)
-    is_due: bool = False
 
 
 class GroupMember:
@@ -71,7 +61,7 @@ class GroupMember:
         self._scheduler = scheduler
         self._runner = runner
         self._alone = scheduler.relocation.route
-        self._proposal: _Proposal | None = None
+        self._proposal: Proposal | None = None
         self._serving: Role | None = None
         self._roles: dict[GroupKey, Role] = {}  # the serving one, and former ones
         self._leadership = Leadership(scheduler)
@@ -84,7 +74,7 @@ class GroupMember:
 
     def prepare(self, regrouping: Regrouping, peers: GroupPeers | None) -> None:
         """Get ready for a layout that may be committed; a link of it may be down already."""
-        self._proposal = _Proposal(regrouping, peers)
+        self._proposal = Proposal(regrouping, peers)
         if peers is not None and not peers.is_connected:
             self._fail(_LINK_DOWN)
         elif self._serving is not None and regrouping.loads:

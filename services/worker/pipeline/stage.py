@@ -13,13 +13,11 @@ import structlog
 
 from services.worker.engine.request import KvKey
 from services.worker.engine.scheduler import Scheduler
-from services.worker.links.base import Buffer, LinkFrame
-from services.worker.model.batch import SequenceSlice
+from services.worker.links.base import LinkFrame
 from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.adoption import adopt_all
 from services.worker.pipeline.events import EventSink, HandedOver, Phase
 from services.worker.pipeline.kv_courier import KvCourier
-from services.worker.pipeline.kv_transfer import as_buffer, received_tensor
 from services.worker.pipeline.messages import (
     Capacity,
     Dissolve,
@@ -36,16 +34,14 @@ from services.worker.pipeline.messages import (
     Settle,
     ShrinkRequest,
     TakenOver,
-    Tokens,
 )
 from services.worker.pipeline.peers import GroupPeers
 from services.worker.pipeline.phase_timer import PhaseTimer
 from services.worker.pipeline.restoration import Restoration, RestorationState
 from services.worker.pipeline.retreat import retreat
-from services.worker.pipeline.rows import sampling_row
+from services.worker.pipeline.stage_batches import StageBatches
 from services.worker.pipeline.weight_courier import WeightCourier
 from services.worker.regrouping import Regrouping
-from shared.messages import unpack_token_ids
 
 
 class _StageState(Enum):
@@ -81,6 +77,7 @@ class FollowerStage:
         self._timer = PhaseTimer(emit)
         self._courier = KvCourier(peers, runner, self._table)
         self._weights = WeightCourier(peers, runner)
+        self._batches = StageBatches(peers, runner, self._blocks)
         self._restoration: Restoration | None = None
         self._gone: set[KvKey] = set()
         self._early: list[HandOver] = []
@@ -108,7 +105,7 @@ class FollowerStage:
         """
         match frame.kind:
             case FrameKind.MICROBATCH:
-                self._run(Microbatch.decode(frame.header), frame.buffers[0])
+                self._batches.run(Microbatch.decode(frame.header), frame.buffers[0])
             case FrameKind.RELEASE:
                 self._release(Release.decode(frame.header))
             case FrameKind.ORDER:
@@ -237,48 +234,6 @@ class FollowerStage:
     def _note_settled(self, message: Settle) -> None:
         self.peers.send_next(FrameKind.SETTLE, message)
         self._is_settled = True
-
-    # --- batches ---------------------------------------------------------------------------------
-
-    def _run(self, message: Microbatch, buffer: Buffer) -> None:
-        """Compute a microbatch and pass it on, or answer with its tokens."""
-        self._runner.meter.batch_arrived(follows=message.follows)
-        try:
-            self._compute(message, buffer)
-        except Exception as error:  # whatever it is, it must not take the other requests along
-            self._log.exception("batch failed", requests=len(message.keys))
-            self._answer(Tokens(step=message.step, error=f"{self.peers.worker_id}: {error}"))
-
-    def _compute(self, message: Microbatch, buffer: Buffer) -> None:
-        batch = self._runner.make_batch(self._slices(message))
-        hidden = received_tensor(self._runner, buffer).view(batch.token_ids.numel(), -1)
-        self._runner.forward(batch, hidden, self.peers.span)
-        if self.peers.next_worker_id is not None:
-            self.peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))
-            return
-        sampled = self._runner.sample(hidden, batch, [sampling_row(row) for row in message.rows])
-        self._answer(
-            Tokens(
-                step=message.step,
-                token_ids=tuple(token.token_id for token in sampled),
-                logprobs=tuple(token.logprobs for token in sampled),
-            )
-        )
-
-    def _slices(self, message: Microbatch) -> list[SequenceSlice]:
-        token_ids = unpack_token_ids(message.token_ids)
-        slices, position = [], 0
-        for key, start, length, wants_token in zip(
-            message.keys, message.starts, message.lengths, message.wants_token, strict=True
-        ):
-            block_table = self._blocks.extend(key, start + length)
-            tokens = token_ids[position : position + length]
-            slices.append(SequenceSlice(tokens, start, block_table, wants_token))
-            position += length
-        return slices
-
-    def _answer(self, tokens: Tokens) -> None:
-        self.peers.send(self.peers.leader, FrameKind.TOKENS, tokens)
 
     # --- KV --------------------------------------------------------------------------------------
 

@@ -1,0 +1,68 @@
+"""Microbatches on a stage behind the leader: computed and passed on, or answered with tokens.
+
+What a batch needs to know of its requests travels with it; their blocks are found by key.
+"""
+
+from __future__ import annotations
+
+import structlog
+
+from services.worker.engine.stage_blocks import StageBlocks
+from services.worker.links.base import Buffer
+from services.worker.model.batch import SequenceSlice
+from services.worker.model.runner import ModelRunner
+from services.worker.pipeline.kv_transfer import as_buffer, received_tensor
+from services.worker.pipeline.messages import FrameKind, Microbatch, Tokens
+from services.worker.pipeline.peers import GroupPeers
+from services.worker.pipeline.rows import sampling_row
+from shared.messages import unpack_token_ids
+
+
+class StageBatches:
+    """The computing part of one stage."""
+
+    def __init__(self, peers: GroupPeers, runner: ModelRunner, blocks: StageBlocks) -> None:
+        self._peers = peers
+        self._runner = runner
+        self._blocks = blocks
+        self._log = structlog.get_logger(component="stage", group=peers.key.group_id)
+
+    def run(self, message: Microbatch, buffer: Buffer) -> None:
+        """Compute a microbatch and pass it on, or answer with its tokens."""
+        self._runner.meter.batch_arrived(follows=message.follows)
+        try:
+            self._compute(message, buffer)
+        except Exception as error:  # whatever it is, it must not take the other requests along
+            self._log.exception("batch failed", requests=len(message.keys))
+            self._answer(Tokens(step=message.step, error=f"{self._peers.worker_id}: {error}"))
+
+    def _compute(self, message: Microbatch, buffer: Buffer) -> None:
+        batch = self._runner.make_batch(self._slices(message))
+        hidden = received_tensor(self._runner, buffer).view(batch.token_ids.numel(), -1)
+        self._runner.forward(batch, hidden, self._peers.span)
+        if self._peers.next_worker_id is not None:
+            self._peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))
+            return
+        sampled = self._runner.sample(hidden, batch, [sampling_row(row) for row in message.rows])
+        self._answer(
+            Tokens(
+                step=message.step,
+                token_ids=tuple(token.token_id for token in sampled),
+                logprobs=tuple(token.logprobs for token in sampled),
+            )
+        )
+
+    def _slices(self, message: Microbatch) -> list[SequenceSlice]:
+        token_ids = unpack_token_ids(message.token_ids)
+        slices, position = [], 0
+        for key, start, length, wants_token in zip(
+            message.keys, message.starts, message.lengths, message.wants_token, strict=True
+        ):
+            block_table = self._blocks.extend(key, start + length)
+            tokens = token_ids[position : position + length]
+            slices.append(SequenceSlice(tokens, start, block_table, wants_token))
+            position += length
+        return slices
+
+    def _answer(self, tokens: Tokens) -> None:
+        self._peers.send(self._peers.leader, FrameKind.TOKENS, tokens)
