@@ -241,11 +241,7 @@ class GroupMember:
         return self._break(reason) if self._serving is not None else []
 
     def _break(self, reason: str) -> list[TokenItem]:
-        """Serve no group any more and keep nothing but the layers that are here; load the others.
-
-        Returns:
-            The ends of all requests.
-        """
+        """Lose all requests and keep nothing but the layers that are here; load the others."""
         keys = tuple(self._roles)
         self.close()
         for role in self._roles.values():
@@ -269,11 +265,7 @@ class GroupMember:
             self._events.append(Whole())
 
     def _lose_former(self, role: Role, worker_id: str) -> list[TokenItem]:
-        """A replica loses the pipeline that requests still leave; it goes on.
-
-        Returns:
-            The ends of requests with KV on the worker that is gone.
-        """
+        """A replica goes on without the pipeline that requests still leave; theirs are lost."""
         role.peers.close()
         self._forget(role)
         self._events.append(FormerLost(role.peers.key))
