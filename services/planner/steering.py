@@ -81,6 +81,10 @@ def _drop(inputs: Inputs, plan: Plan, pressure: Pressure, overload: Overload) ->
     )
     if dropped is None:
         return Restraint(Rule.NOTHING_TO_DROP, f"{why}: no groups are left that can be merged")
+    if dropped.capacity_blocks <= pressure.capacity_blocks:
+        return Restraint(
+            Rule.NOTHING_TO_DROP, f"{why}: a drop would leave {dropped.capacity_blocks} blocks"
+        )
     return Target(
         rule=Rule.OVERLOAD if overload is Overload.NOW else Rule.FORECAST,
         state=LayoutState.DROPPING,

@@ -12,7 +12,7 @@ from services.planner.decision import decide
 from services.planner.inputs import Inputs
 from services.planner.rules import Action, Decision, Rule
 from shared.layout import Change, GroupPlan, LayoutState, MemberPlan, Plan, PlanPhase, Span
-from shared.messages import AckState, PlanAck, WorkerInfo, WorkerState
+from shared.messages import AckState, ModelCosts, PlanAck, WorkerInfo, WorkerState
 from tests.planner_support import NUM_LAYERS, make_pressure, plan_for, worker_info, workers
 
 
@@ -110,6 +110,24 @@ def test_an_unknown_load_holds_what_would_drop() -> None:
     assert (decision.action, decision.rule) == (Action.HOLD, Rule.LOADS_UNKNOWN)
     assert "b" in decision.detail
     assert decide(Inputs(1, workers("a", "b"), stored, pressure=pressure)).action is Action.KEEP
+
+
+@pytest.mark.parametrize(
+    ("layer_bytes", "rule"), [(2**27, Rule.OVERLOAD), (0, Rule.NOTHING_TO_DROP)]
+)
+def test_layers_are_dropped_only_where_that_gains_blocks(layer_bytes: int, rule: Rule) -> None:
+    costs = ModelCosts(
+        layer_weight_bytes=layer_bytes,
+        embedding_weight_bytes=0,
+        head_weight_bytes=0,
+        whole_weight_bytes=layer_bytes * NUM_LAYERS,
+        kv_layer_block_bytes=2**17,
+    )
+    living = {w: worker_info(w, costs=costs) for w in "ab"}
+    num_blocks = 2 * (2**30 - layer_bytes * NUM_LAYERS) // (2**17 * NUM_LAYERS)
+    pressure = make_pressure(2 * num_blocks, num_blocks)
+    decision = decide(Inputs(1, living, plan_for("a", "b"), pressure=pressure, may_drop=True))
+    assert decision.rule is rule
 
 
 @dataclass
