@@ -71,12 +71,13 @@ Change = tuple[str, list[int]]  # an order, and the sizes of the groups that it 
 async def test_streams_live_through_rounds(
     cluster: Cluster, operator: Operator, undisturbed: Undisturbed, changes: list[Change]
 ) -> None:
+    exchanged = await operator.exchanged_bytes()
     async with Streams(cluster.urls, STREAMS) as streams:
         for order, sizes in changes:
             await streams.wait_more(SOME)
             assert not all(stream.is_over for stream in streams.streams)
-            exchanged = await operator.exchanged_bytes()
             await operator.carry_out(*order.split())
+            # Of later changes it is not sure: those who run may be in groups that stay.
             assert await operator.exchanged_bytes() > exchanged
             members = [len(group["members"]) for group in await operator.groups()]
             assert sorted(members, reverse=True) == sizes

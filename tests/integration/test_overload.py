@@ -75,7 +75,11 @@ async def test_pressure_alone_drops_and_calm_alone_restores(cluster: Cluster) ->
         assert transition["result"] == "applied", told
         assert "demand" in transition["cause"]
         assert transition["phase_seconds"].keys() == {"prepare", "commit", "exchange"}
-    assert (await cluster.cluster())["decision"]["rule"] in ("settled", "unchanged")
+
+    async def is_at_rest() -> bool:
+        return (await cluster.cluster())["decision"]["rule"] in ("settled", "unchanged")
+
+    await eventually(is_at_rest, DEADLINE_SECONDS)
 
 
 async def test_dropping_under_pressure_is_the_default() -> None:

@@ -114,8 +114,9 @@ class PlannerMachine(RuleBasedStateMachine):
         self.cluster.wish = None
         for worker in self.cluster.workers.values():
             worker.mood = Mood.PLAYS_ALONG
-        for _ in range(CALM_TICKS):
-            self.cluster.tick(0.5, self.loads(60))
+        self.calm()
+        self.leave_who_drains()
+        self.calm()
         if self.cluster.stored is None:
             return
         plan = self.cluster.plan
@@ -128,6 +129,23 @@ class PlannerMachine(RuleBasedStateMachine):
         }
         assert placed == ready
         self.check_members_hold_their_layers(plan)
+
+    def calm(self) -> None:
+        for _ in range(CALM_TICKS):
+            self.cluster.tick(0.5, self.loads(60))
+
+    def leave_who_drains(self) -> None:
+        """Nobody needs them any more, but for members of groups that drain as a whole."""
+        draining = {
+            worker_id
+            for worker_id, worker in self.cluster.workers.items()
+            if worker.info.state is WorkerState.DRAINING
+        }
+        for group in self.cluster.stored.groups if self.cluster.stored is not None else ():
+            members = {member.worker_id for member in group.members}
+            assert not members & draining or members <= draining
+        for worker_id in draining:
+            del self.cluster.workers[worker_id]
 
     @invariant()
     def versions_only_rise(self) -> None:
