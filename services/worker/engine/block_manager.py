@@ -87,10 +87,6 @@ class BlockManager:
         """Blocks `owner` lacks to hold its first `num_tokens` tokens."""
         return max(0, self.blocks_for(num_tokens) - len(owner.block_table))
 
-    def can_allocate(self, owner: BlockOwner, num_tokens: int, spare_blocks: int = 0) -> bool:
-        """True if `allocate` would succeed and leave `spare_blocks` blocks free."""
-        return self.num_missing_blocks(owner, num_tokens) + spare_blocks <= len(self._free)
-
     def allocate(self, owner: BlockOwner, num_tokens: int) -> bool:
         """Append to the owner's block table until it holds `num_tokens` tokens.
 

@@ -100,10 +100,6 @@ class CostModel:
         if self.alpha + self.beta == 0.0:
             raise CostModelError(f"{self} is no cost model: tokens must cost something")
 
-    def chunk_cost(self, chunk: ChunkShape) -> float:
-        """Seconds of a batch that is this chunk alone."""
-        return self.marginal_cost(chunk) + self.lam
-
     def marginal_cost(self, chunk: ChunkShape) -> float:
         """Seconds that a batch takes longer because of this chunk."""
         linear = self.beta * chunk.num_tokens + self.kappa * sum(chunk)

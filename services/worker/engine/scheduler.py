@@ -113,16 +113,6 @@ class Scheduler:
         """Batches scheduled and not returned; 0 at a batch boundary."""
         return self._lanes.num_batches_in_flight
 
-    @property
-    def pause_state(self) -> PauseState:
-        """How much `schedule` may do."""
-        return self._pause_state
-
-    @property
-    def intake_state(self) -> IntakeState:
-        """Whether `add` takes requests."""
-        return self._intake_state
-
     def load(self) -> SchedulerLoad:
         """The figures that a LoadReport carries; `requests_waiting` includes the preempted."""
         pool = self._pool

@@ -51,7 +51,7 @@ class LinkFrame:
 
     Args:
         kind: what it is; a number of the caller's choice (an IntEnum of the pipeline).
-        group_id, epoch: for fencing, see `Fence`.
+        group_id, epoch: whose it is; a receiver that is not in that group discards it.
         header: a msgpack message of the caller's choice.
         buffers: C-contiguous memory of any size. Of a received frame each is one writable
             memoryview of bytes, aligned to 16 bytes, that belongs to the receiver.

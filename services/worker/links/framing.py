@@ -100,11 +100,6 @@ class FrameCutter:
         self._type = ChunkType.FIRST
 
     @property
-    def rest_bytes(self) -> int:
-        """Payload that was not handed out yet."""
-        return self._rest_bytes
-
-    @property
     def is_done(self) -> bool:
         """True when the last chunk was taken."""
         return self._type is ChunkType.NEXT and self._rest_bytes == 0

@@ -7,7 +7,6 @@ shape with the `ModelConfig`, so that a wrong checkpoint is refused before any m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +75,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def nbytes_as(self, dtype: torch.dtype) -> int:
-        return math.prod(self.shape) * dtype.itemsize
-
 
 class Checkpoint:
     """The tensors of one model on disk. Build it with `open`; the files must stay as they are.
@@ -91,7 +87,6 @@ class Checkpoint:
         self.config = config
         self._index = index
         self._files: dict[Path, _SafetensorsFile] = {}
-        self._layer_names = tuple(layer_shapes(config))
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -121,27 +116,6 @@ class Checkpoint:
     def release(self) -> None:
         """Unmap the files, as soon as no tensor uses them; what was read no longer takes memory."""
         self._files.clear()
-
-    def layer(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """All tensors of one decoder layer by their short names (see `layer_shapes`)."""
-        return {
-            short: self.tensor(_layer_tensor(layer, short), dtype) for short in self._layer_names
-        }
-
-    def embedding(self, dtype: torch.dtype | None = None) -> torch.Tensor:  # [vocab, hidden]
-        return self.tensor(EMBEDDING, dtype)
-
-    def final_norm(self, dtype: torch.dtype | None = None) -> torch.Tensor:  # [hidden]
-        return self.tensor(FINAL_NORM, dtype)
-
-    def lm_head(self, dtype: torch.dtype | None = None) -> torch.Tensor:  # [vocab, hidden]
-        """The output matrix; the embedding where the two are tied."""
-        return self.tensor(EMBEDDING if self.config.tie_word_embeddings else LM_HEAD, dtype)
-
-    def nbytes_of_layer(self, layer: int, dtype: torch.dtype | None = None) -> int:
-        """Bytes of all tensors of one decoder layer, in `dtype` or as stored."""
-        stored = (self._index[_layer_tensor(layer, short)] for short in self._layer_names)
-        return sum(tensor.nbytes_as(dtype or tensor.dtype) for tensor in stored)
 
 
 def _layer_tensor(layer: int, short_name: str) -> str:

@@ -40,17 +40,9 @@ def test_allocation_covers_the_tokens_and_only_appends() -> None:
 def test_too_large_an_allocation_changes_nothing() -> None:
     blocks = BlockManager(4, BLOCK_SIZE)
     held, other = _holding(blocks, 1, 2)
-    assert not blocks.can_allocate(held, 3 * BLOCK_SIZE)
     assert not blocks.allocate(held, 3 * BLOCK_SIZE)
     assert (held.block_table, blocks.num_free_blocks) == ([0], 1)
     blocks.check_integrity([held, other])
-
-
-def test_spare_blocks_count_against_an_allocation() -> None:
-    blocks = BlockManager(4, BLOCK_SIZE)
-    (request,) = _holding(blocks, 1)
-    assert blocks.can_allocate(request, 3 * BLOCK_SIZE, spare_blocks=1)
-    assert not blocks.can_allocate(request, 3 * BLOCK_SIZE, spare_blocks=2)
 
 
 def test_usage_follows_what_is_held() -> None:

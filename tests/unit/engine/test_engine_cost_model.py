@@ -35,9 +35,9 @@ models = st.builds(
 def test_the_formula_of_the_paper() -> None:
     p, c = 100, 7
     expected = 0.002 * (p * c + (c * c + c) / 2) + 0.01 * (p + c) + 1.5 * c + 9.0
-    assert MODEL.chunk_cost(ChunkShape(p, c)) == pytest.approx(expected)
+    assert MODEL.batch_cost([ChunkShape(p, c)]) == pytest.approx(expected)
     other = ChunkShape(0, 64)
-    both = MODEL.chunk_cost(ChunkShape(p, c)) + MODEL.chunk_cost(other) - 7.0
+    both = MODEL.batch_cost([ChunkShape(p, c)]) + MODEL.batch_cost([other]) - 7.0
     assert MODEL.batch_cost([ChunkShape(p, c), other]) == pytest.approx(both)
     assert MODEL.batch_cost([]) == 0.0
     assert MODEL.decode_cost(p) == pytest.approx(MODEL.marginal_cost(ChunkShape(p, 1)))
