@@ -9,23 +9,21 @@ in the engine thread, before the worker serves.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import structlog
 
 from services.worker.engine.cost_model import CostModelError
 from services.worker.engine.profile import ModelProfile
+from shared.file_lock import file_lock
 
 #: After that a worker measures for itself, whatever the others do.
 _LOCK_SECONDS = 20.0
-_POLL_SECONDS = 0.05
 
 
 def profile_key(*parts: str | bytes | int) -> str:
@@ -57,7 +55,8 @@ class ProfileCache:
         profile = self._read(key)
         if profile is not None:
             return profile
-        with self._locked(key):
+        with ExitStack() as stack:
+            self._lock_if_possible(key, stack)
             profile = self._read(key)
             if profile is None:
                 profile = measure()
@@ -87,25 +86,10 @@ class ProfileCache:
         except OSError as error:
             self._log.warning("profile not kept", reason=str(error))
 
-    @contextlib.contextmanager
-    def _locked(self, key: str) -> Iterator[None]:
-        """Alone on this machine, if that can be had in time."""
+    def _lock_if_possible(self, key: str, stack: ExitStack) -> None:
+        """Be alone on this machine until `stack` closes, if that can be had in time."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            lock = (self._directory / f"{key}.lock").open("w")
-        except OSError:
-            yield
-            return
-        with lock:  # closing it gives the lock back
-            deadline = time.monotonic() + self._lock_seconds
-            while not _try_lock(lock.fileno()) and time.monotonic() < deadline:
-                time.sleep(_POLL_SECONDS)
-            yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+            stack.enter_context(file_lock(self._directory / f"{key}.lock", self._lock_seconds))
+        except OSError as error:  # a TimeoutError is one
+            self._log.debug("measured without a lock", reason=str(error))
