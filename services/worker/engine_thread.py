@@ -165,7 +165,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._woke_at = time.monotonic()
         self._num_added = 0
-        self._holdings: tuple[object, ...] = ()
+        self._num_changes = 0  # of what the worker holds, as reported last
         self._ready: Future[ModelFacts] = Future()
         self._finished: Future[None] = Future()
         self._log = structlog.get_logger(component="engine")
@@ -220,7 +220,7 @@ class EngineThread:
 
     def _run(self, engine: BuiltEngine) -> None:
         core, member = engine.core, engine.member
-        self._holdings = engine.runner.holdings
+        self._num_changes = engine.runner.num_changes
         self._report(engine, News())
         while True:
             commands = self._wait_for_commands(engine)
@@ -237,7 +237,7 @@ class EngineThread:
             news.add(core.step(time.monotonic()), member.take_events())
             news.add(member.pump(time.monotonic()), member.take_events())
             engine.runner.pool.unmap_stale(_UNMAP_BYTES)
-            if commands or not news.is_empty or engine.runner.holdings != self._holdings:
+            if commands or not news.is_empty or engine.runner.num_changes != self._num_changes:
                 self._report(engine, news)
             if member.is_grouped:
                 engine.runner.meter.worked(time.monotonic() - self._woke_at)
@@ -262,8 +262,8 @@ class EngineThread:
             return commands
 
     def _report(self, engine: BuiltEngine, news: News) -> None:
-        before, self._holdings = self._holdings, engine.runner.holdings
-        facts = model_facts(engine.runner) if self._holdings != before else None
+        before, self._num_changes = self._num_changes, engine.runner.num_changes
+        facts = model_facts(engine.runner) if self._num_changes != before else None
         load, reading = engine.core.load(), engine.runner.meter.read()
         for events, items in news.parts:
             report = EngineReport(

@@ -171,9 +171,9 @@ class ModelRunner:
         return self.pool.num_kv_blocks(range(self.span.start, self.span.end))
 
     @property
-    def holdings(self) -> tuple[object, ...]:
-        """Differs from an earlier value if other memory or layers are held than then."""
-        return self.pool.num_changes, self.resident_layers
+    def num_changes(self) -> int:
+        """Rises whenever memory changes hands, or layers come or go."""
+        return self.pool.num_changes + self._stage.num_changes
 
     @property
     def part_bytes(self) -> PartBytes:

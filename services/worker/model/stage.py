@@ -53,6 +53,8 @@ class Stage:
         self._addresses: dict[str, int] = {}  # of every arena ever loaded; they never move
         self._resident: set[str] = set()  # arenas that are mapped and filled
         self._layers: dict[int, Any] = {}  # resident ones
+        #: Rises whenever an arena comes or goes.
+        self.num_changes = 0
         max_blocks = pool.budget_bytes // plan.kv_block_bytes
         self._kv_caches: dict[int, torch.Tensor] = {}
         for layer in range(span.start, span.end):
@@ -89,6 +91,7 @@ class Stage:
         for arena in self._plan.arenas(self.span):
             if arena.name in self._addresses and arena.name not in kept:
                 self._resident.discard(arena.name)
+                self.num_changes += 1
                 if arena.layer is not None:
                     self._layers.pop(arena.layer, None)
                 self._pool.drop_arena(arena.name)
@@ -106,6 +109,7 @@ class Stage:
                 arena.layer, address, self._kv_caches[arena.layer]
             )
         self._resident.add(arena.name)
+        self.num_changes += 1
 
     def arena_names(self, span: Span) -> list[str]:
         """The arenas that running `span` needs."""
@@ -136,13 +140,10 @@ class Stage:
     @property
     def resident_layers(self) -> tuple[Span, ...]:
         """The layers whose weights are here, as few spans as they make."""
-        spans: list[Span] = []
-        for layer in sorted(self._layers):
-            start = layer
-            if spans and spans[-1].end == layer:
-                start = spans.pop().start
-            spans.append(Span(start=start, end=layer + 1))
-        return tuple(spans)
+        layers = sorted(self._layers)
+        starts = [layer for layer in layers if layer - 1 not in self._layers]
+        ends = [layer + 1 for layer in layers if layer + 1 not in self._layers]
+        return tuple(Span(start=start, end=end) for start, end in zip(starts, ends, strict=True))
 
     # --- running ---------------------------------------------------------------------------------
 
