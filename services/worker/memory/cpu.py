@@ -17,6 +17,7 @@ import weakref
 
 from services.worker.memory.base import ChunkRun, VirtualRange
 from services.worker.memory.errors import DeviceMemoryError, DeviceMemoryTooSmallError
+from services.worker.memory.reserved import ReservedRange
 from shared.errors import ConfigError
 
 _PROT_NONE = 0
@@ -153,26 +154,14 @@ class CpuMemory:
         self._closer()
 
 
-class CpuRange:
+class CpuRange(ReservedRange):
     """A reserved range of addresses; made by `CpuMemory.reserve`."""
 
     def __init__(self, libc: _LibC, file: int, chunk_bytes: int, nbytes: int) -> None:
+        super().__init__(nbytes, chunk_bytes, libc.reserve)
         self._libc = libc
         self._file = file
-        self._chunk_bytes = chunk_bytes
-        self._reserved_bytes = max(1, -(-nbytes // chunk_bytes)) * chunk_bytes
-        self._address = libc.reserve(self._reserved_bytes)
-        self._closer = weakref.finalize(self, libc.unmap, self._address, self._reserved_bytes)
-
-    @property
-    def address(self) -> int:
-        """First address of the range."""
-        return self._address
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Length of the range."""
-        return self._reserved_bytes
+        self._closer = weakref.finalize(self, libc.unmap, self.address, self.reserved_bytes)
 
     def map(self, position: int, run: ChunkRun) -> None:
         """Map `run` from the `position`-th chunk of the range on."""
@@ -189,13 +178,6 @@ class CpuRange:
         self._closer()
 
     def _part(self, position: int, count: int) -> tuple[int, int]:
-        """Address and length of a part of the range; MAP_FIXED must never leave it."""
-        start, nbytes = position * self._chunk_bytes, count * self._chunk_bytes
-        if position < 0 or count < 1 or start + nbytes > self._reserved_bytes:
-            raise ValueError(
-                f"chunks [{position}, {position + count}) are not within a range of"
-                f" {self._reserved_bytes // self._chunk_bytes}"
-            )
         if not self._closer.alive:
             raise ValueError("the range is closed")
-        return self._address + start, nbytes
+        return super()._part(position, count)

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from services.worker.memory.base import ChunkRun, VirtualRange
 from services.worker.memory.errors import DeviceMemoryError, DeviceMemoryTooSmallError
+from services.worker.memory.reserved import ReservedRange
 from services.worker.memory.runs import coalesce
 from shared.errors import ConfigError
 
@@ -124,29 +125,17 @@ class CudaMemory:
             self._driver.release(self._handles.pop())
 
 
-class CudaRange:
+class CudaRange(ReservedRange):
     """A reserved range of device addresses; made by `CudaMemory.reserve`."""
 
     def __init__(
         self, driver: VmmDriver, handles: list[int], chunk_bytes: int, nbytes: int
     ) -> None:
+        super().__init__(nbytes, chunk_bytes, driver.reserve)
         self._driver = driver
         self._handles = handles
-        self._chunk_bytes = chunk_bytes
-        self._reserved_bytes = max(1, -(-nbytes // chunk_bytes)) * chunk_bytes
-        self._address = driver.reserve(self._reserved_bytes)
         self._is_closed = False
         self._mapped: set[int] = set()  # positions; the driver refuses to unmap what is not
-
-    @property
-    def address(self) -> int:
-        """First address of the range."""
-        return self._address
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Length of the range."""
-        return self._reserved_bytes
 
     def map(self, position: int, run: ChunkRun) -> None:
         """Map `run` from the `position`-th chunk of the range on."""
@@ -176,18 +165,11 @@ class CudaRange:
     def close(self) -> None:
         """Give the addresses back."""
         if not self._is_closed:
-            self.unmap(0, self._reserved_bytes // self._chunk_bytes)
-            self._driver.free(self._address, self._reserved_bytes)
+            self.unmap(0, self._num_chunks)
+            self._driver.free(self.address, self.reserved_bytes)
             self._is_closed = True
 
     def _part(self, position: int, count: int) -> tuple[int, int]:
-        """Address and length of a part of the range."""
-        start, nbytes = position * self._chunk_bytes, count * self._chunk_bytes
-        if position < 0 or count < 1 or start + nbytes > self._reserved_bytes:
-            raise ValueError(
-                f"chunks [{position}, {position + count}) are not within a range of"
-                f" {self._reserved_bytes // self._chunk_bytes}"
-            )
         if self._is_closed:
             raise ValueError("the range is closed")
-        return self._address + start, nbytes
+        return super()._part(position, count)
