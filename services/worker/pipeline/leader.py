@@ -25,7 +25,6 @@ from services.worker.model.sampler import SampledToken
 from services.worker.pipeline.adoption import adopt_all
 from services.worker.pipeline.departure import Departure
 from services.worker.pipeline.events import EventSink, Phase
-from services.worker.pipeline.kv_courier import KvCourier
 from services.worker.pipeline.kv_transfer import as_buffer
 from services.worker.pipeline.leader_preparation import LeaderPreparation
 from services.worker.pipeline.messages import (
@@ -48,7 +47,7 @@ from services.worker.pipeline.phase_timer import PhaseTimer
 from services.worker.pipeline.restoration import Restoration
 from services.worker.pipeline.retreat import Retreats
 from services.worker.pipeline.rows import microbatch
-from services.worker.pipeline.weight_courier import WeightCourier
+from services.worker.pipeline.traffic import BulkTraffic
 from services.worker.regrouping import Regrouping
 
 
@@ -75,8 +74,7 @@ class PipelineLeader:
         self._flush_releases = flush_releases
         self._timer = PhaseTimer(emit)
         self._was_idle = True
-        self._courier = KvCourier(peers, runner, self._table)
-        self._weights = WeightCourier(peers, runner)
+        self._traffic = BulkTraffic(peers, runner, self._table)
         self._in_flight: dict[int, SchedulerOutput] = {}
         self._num_orders = 0
         self._retreats = Retreats(peers, runner, scheduler)
@@ -116,7 +114,7 @@ class PipelineLeader:
                 self._scheduler.blocks.add_capacity(capacity.worker_id, capacity.num_blocks)
             case FrameKind.KV_PART:
                 part = KvPart.decode(frame.header)
-                self._note_filled(self._courier.take(part, frame.buffers[0]))
+                self._note_filled(self._traffic.kv.take(part, frame.buffers[0]))
             case FrameKind.FILLED:
                 self._filled(Filled.decode(frame.header))
             case FrameKind.TAKEN_OVER:
@@ -124,7 +122,7 @@ class PipelineLeader:
             case FrameKind.SHRINK_REQUEST:
                 self._shrink_requests.append(ShrinkRequest.decode(frame.header))
             case FrameKind.WEIGHTS_REQUEST | FrameKind.WEIGHTS:
-                self._weights.handle(frame)
+                self._traffic.weights.handle(frame)
             case _:
                 raise ValueError(f"a leader has no use for a frame of kind {frame.kind}")
         return None
@@ -136,23 +134,22 @@ class PipelineLeader:
         if self._departure is not None:
             self._departure.pump()
         self._flush_releases()
-        self._courier.pump()
-        self._weights.pump()
-        self.peers.push_bulk()
+        self._traffic.pump()
 
     @property
     def is_busy(self) -> bool:
         """True while `pump` has something to do whatever arrives."""
         is_loading = self._preparation is not None and self._preparation.is_busy
-        is_sending = self._courier.is_busy or self._weights.is_busy
-        return self.peers.has_backlog or is_sending or is_loading
+        return is_loading or self._traffic.is_busy
 
     # --- the next layout -------------------------------------------------------------------------
 
     def prepare(self, regrouping: Regrouping) -> None:
         """Make room for what the members need next, and get what is missing here."""
         span = regrouping.span_after(self.peers.worker_id)
-        restoration = Restoration(self._runner, self._weights, self._emit, regrouping.epoch, span)
+        restoration = Restoration(
+            self._runner, self._traffic.weights, self._emit, regrouping.epoch, span
+        )
         self._preparation = LeaderPreparation(
             self.peers, self._scheduler, restoration, self._emit, self._give_back
         )
@@ -222,7 +219,7 @@ class PipelineLeader:
     def settle(self) -> None:
         """No KV of layers given up is needed any more."""
         self.peers.send_next(FrameKind.SETTLE, Settle())
-        self._timer.over(Phase.EXCHANGE, self._courier.num_bytes, self._courier.began_at)
+        self._timer.over(Phase.EXCHANGE, self._traffic.kv.num_bytes, self._traffic.kv.began_at)
 
     # --- batches ---------------------------------------------------------------------------------
 
@@ -295,7 +292,7 @@ class PipelineLeader:
         )
         self._flush_releases()  # first: what this order takes may be what they free
         self.peers.send_next(FrameKind.ORDER, order)
-        self._note_filled(self._courier.obey(order))
+        self._note_filled(self._traffic.kv.obey(order))
 
     def make_room(self) -> None:
         """Let the stages use the memory of KV that has travelled, where that is enough by now."""

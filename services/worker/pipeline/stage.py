@@ -17,7 +17,6 @@ from services.worker.links.base import LinkFrame
 from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.adoption import adopt_all
 from services.worker.pipeline.events import EventSink, HandedOver, Phase
-from services.worker.pipeline.kv_courier import KvCourier
 from services.worker.pipeline.messages import (
     Capacity,
     Dissolve,
@@ -40,7 +39,7 @@ from services.worker.pipeline.phase_timer import PhaseTimer
 from services.worker.pipeline.restoration import Restoration, RestorationState
 from services.worker.pipeline.retreat import retreat
 from services.worker.pipeline.stage_batches import StageBatches
-from services.worker.pipeline.weight_courier import WeightCourier
+from services.worker.pipeline.traffic import BulkTraffic
 from services.worker.regrouping import Regrouping
 
 
@@ -75,8 +74,7 @@ class FollowerStage:
         self._emit = emit
         self._on_release = on_release
         self._timer = PhaseTimer(emit)
-        self._courier = KvCourier(peers, runner, self._table)
-        self._weights = WeightCourier(peers, runner)
+        self._traffic = BulkTraffic(peers, runner, self._table)
         self._batches = StageBatches(peers, runner, self._blocks)
         self._restoration: Restoration | None = None
         self._gone: set[KvKey] = set()
@@ -112,7 +110,7 @@ class FollowerStage:
                 self._obey(Order.decode(frame.header))
             case FrameKind.KV_PART:
                 part = KvPart.decode(frame.header)
-                self._tell_filled(self._courier.take(part, frame.buffers[0]))
+                self._tell_filled(self._traffic.kv.take(part, frame.buffers[0]))
             case FrameKind.RETREAT:
                 self._retreat(Retreat.decode(frame.header))
             case FrameKind.SETTLE:
@@ -126,7 +124,7 @@ class FollowerStage:
             case FrameKind.DISSOLVE:
                 self._dissolve(Dissolve.decode(frame.header))
             case FrameKind.WEIGHTS_REQUEST | FrameKind.WEIGHTS:
-                self._weights.handle(frame)
+                self._traffic.weights.handle(frame)
             case _:
                 raise ValueError(f"a follower has no use for a frame of kind {frame.kind}")
 
@@ -136,16 +134,13 @@ class FollowerStage:
             self._restoration.pump()
         elif self._state is _StageState.SERVING:
             self._offer_free()
-        self._courier.pump()
-        self._weights.pump()
-        self.peers.push_bulk()
+        self._traffic.pump()
 
     @property
     def is_busy(self) -> bool:
         """True while `pump` has something to do whatever arrives."""
         is_loading = self._restoration is not None and self._restoration.is_busy
-        is_sending = self._courier.is_busy or self._weights.is_busy
-        return self.peers.has_backlog or is_sending or is_loading
+        return is_loading or self._traffic.is_busy
 
     # --- the next layout -------------------------------------------------------------------------
 
@@ -153,7 +148,9 @@ class FollowerStage:
         """Get what is needed next and is missing here, when the leader has made room."""
         own = self.peers.worker_id
         span = regrouping.span_after(own)
-        restoration = Restoration(self._runner, self._weights, self._emit, regrouping.epoch, span)
+        restoration = Restoration(
+            self._runner, self._traffic.weights, self._emit, regrouping.epoch, span
+        )
         self._restoration = restoration
         request = ShrinkRequest(
             worker_id=own, epoch=restoration.epoch, num_blocks=restoration.num_blocks
@@ -222,7 +219,7 @@ class FollowerStage:
 
     def settle(self) -> None:
         """No KV of layers given up is needed any more."""
-        self._timer.over(Phase.EXCHANGE, self._courier.num_bytes, self._courier.began_at)
+        self._timer.over(Phase.EXCHANGE, self._traffic.kv.num_bytes, self._traffic.kv.began_at)
 
     def _retreat(self, message: Retreat) -> None:
         self.peers.send_next(FrameKind.RETREAT, message)
@@ -261,7 +258,7 @@ class FollowerStage:
         try:
             if any(transfer.destination == here for transfer in order.transfers):
                 self._blocks.extend(order.key, order.num_tokens)
-            self._tell_filled(self._courier.obey(order))
+            self._tell_filled(self._traffic.kv.obey(order))
         except Exception as error:  # one request's misfortune
             self._log.exception("KV cannot travel", request=order.key.request_id)
             self._send_filled(Filled(key=order.key, worker_id=here, error=str(error)))
