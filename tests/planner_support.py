@@ -111,6 +111,7 @@ class PaperWorker:
         self.refuses_to_drain = ""
         self.behaviour = Behaviour()
         self.demand_blocks: int | None = None  # None: sends no reports
+        self.num_load_reports = 0
         self._plan: Plan | None = None
 
     @asynccontextmanager
@@ -222,6 +223,7 @@ class PaperWorker:
             waiting_blocks=max(0, demand_blocks - total),
         )
         await self._bus.publish(self._subjects.load(self.info.worker_id), report.encode())
+        self.num_load_reports += 1
 
 
 def figures_of(span: Span) -> dict[str, Any]:

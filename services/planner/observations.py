@@ -78,9 +78,9 @@ class QueueBoard:
         Each request counts half a block more than its tokens fill, since none ends with a block.
         """
         oldest = now - self._stale_seconds
-        fresh = [report for report, received_at in self._reports.values() if received_at >= oldest]
-        num_tokens = sum(report.waiting_tokens for report in fresh)
-        num_requests = sum(report.requests_waiting for report in fresh)
+        self._reports = {r: each for r, each in self._reports.items() if each[1] >= oldest}
+        num_tokens = sum(report.waiting_tokens for report, _ in self._reports.values())
+        num_requests = sum(report.requests_waiting for report, _ in self._reports.values())
         return math.ceil(num_tokens / block_size + num_requests / 2)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -260,7 +259,11 @@ async def test_the_policy_none_never_drops_by_itself(world: World) -> None:
     for worker in world.workers.values():
         worker.demand_blocks = 2 * WHOLE_BLOCKS
     epoch = (await world.plan()).epoch
-    await asyncio.sleep(1.0)  # several looks at the load
+    worker = world.workers["a"]
+    num_reports = worker.num_load_reports
+    await eventually(lambda: worker.num_load_reports > num_reports + 10)
+    # Its answer comes from a look at the cluster, after all of them.
+    assert not (await world.order(AdminAction.DROP, dry_run=True)).error
     assert (await world.plan()).epoch == epoch
 
 
