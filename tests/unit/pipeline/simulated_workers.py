@@ -47,7 +47,7 @@ from services.worker.pipeline.messages import FrameKind, HandOver
 from services.worker.transition import Transition
 from shared.layout import Plan, Span
 from shared.messages import PlanAck, TokenItem, WorkerInfo, WorkerState
-from tests.unit.pipeline.pipeline_helpers import make_engine
+from tests.unit.pipeline.pipeline_engine import make_engine
 
 #: Bulk frames that a link takes before it refuses more.
 _MOST_BULK = 2

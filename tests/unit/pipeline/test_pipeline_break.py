@@ -20,15 +20,8 @@ from services.worker.pipeline.events import (
 from shared.layout import Span
 from shared.messages import FinishReason
 from tests.tiny_models import NUM_LAYERS, TinyModels
-from tests.unit.pipeline.pipeline_helpers import (
-    Cluster,
-    Engine,
-    add,
-    expect,
-    make_requests,
-    open_cluster,
-    undisturbed,
-)
+from tests.unit.pipeline.pipeline_engine import Engine, make_requests, undisturbed
+from tests.unit.pipeline.pipeline_helpers import Cluster, add, expect, open_cluster
 
 WHOLE = (Span(start=0, end=NUM_LAYERS),)
 #: So long that none ends before something happens.

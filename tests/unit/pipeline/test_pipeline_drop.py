@@ -13,13 +13,8 @@ from shared.messages import FinishReason
 from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE, TinyModels
 from tests.unit.model.model_helpers import random_tokens
 from tests.unit.model.request_helpers import make_request
-from tests.unit.pipeline.pipeline_helpers import (
-    add,
-    expect,
-    make_requests,
-    open_cluster,
-    undisturbed,
-)
+from tests.unit.pipeline.pipeline_engine import make_requests, undisturbed
+from tests.unit.pipeline.pipeline_helpers import add, expect, open_cluster
 
 
 @pytest.fixture(params=["llama", "qwen2-tied", "phi3-window"])

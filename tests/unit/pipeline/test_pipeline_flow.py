@@ -9,13 +9,8 @@ from services.worker.pipeline.messages import FrameKind
 from tests.tiny_models import VOCAB_SIZE, TinyModels
 from tests.unit.model.model_helpers import random_tokens
 from tests.unit.model.request_helpers import make_request
-from tests.unit.pipeline.pipeline_helpers import (
-    Engine,
-    add,
-    expect,
-    open_cluster,
-    undisturbed,
-)
+from tests.unit.pipeline.pipeline_engine import Engine, undisturbed
+from tests.unit.pipeline.pipeline_helpers import add, expect, open_cluster
 
 LINK_BYTES_PER_SECOND = 10e6
 

@@ -14,13 +14,8 @@ from hypothesis import strategies as st
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.pipeline.events import Prepared
 from tests.tiny_models import NUM_LAYERS, TinyModels
-from tests.unit.pipeline.pipeline_helpers import (
-    Cluster,
-    add,
-    make_requests,
-    open_cluster,
-    undisturbed,
-)
+from tests.unit.pipeline.pipeline_engine import make_requests, undisturbed
+from tests.unit.pipeline.pipeline_helpers import Cluster, add, open_cluster
 
 NUM_REQUESTS = 12
 NUM_TOKENS = 60

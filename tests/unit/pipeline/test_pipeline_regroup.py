@@ -14,14 +14,8 @@ from shared.layout import Span
 from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE, TinyModels
 from tests.unit.model.model_helpers import random_tokens
 from tests.unit.model.request_helpers import make_request
-from tests.unit.pipeline.pipeline_helpers import (
-    Cluster,
-    add,
-    expect,
-    make_requests,
-    open_cluster,
-    undisturbed,
-)
+from tests.unit.pipeline.pipeline_engine import make_requests, undisturbed
+from tests.unit.pipeline.pipeline_helpers import Cluster, add, expect, open_cluster
 
 WHOLE = (Span(start=0, end=NUM_LAYERS),)
 ALONE = ([0], [1], [2], [3])

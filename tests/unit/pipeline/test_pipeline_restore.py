@@ -9,13 +9,8 @@ from services.worker.kernels.cpu import CpuKernels
 from services.worker.pipeline.events import Phase, PhaseTimed, Prepared
 from shared.layout import Span
 from tests.tiny_models import NUM_LAYERS, TinyModels
-from tests.unit.pipeline.pipeline_helpers import (
-    add,
-    expect,
-    make_requests,
-    open_cluster,
-    undisturbed,
-)
+from tests.unit.pipeline.pipeline_engine import make_requests, undisturbed
+from tests.unit.pipeline.pipeline_helpers import add, expect, open_cluster
 
 WHOLE = (Span(start=0, end=NUM_LAYERS),)
 

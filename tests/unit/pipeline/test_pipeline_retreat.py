@@ -9,14 +9,8 @@ from services.worker.kernels.cpu import CpuKernels
 from tests.tiny_models import VOCAB_SIZE, TinyModels
 from tests.unit.model.model_helpers import random_tokens
 from tests.unit.model.request_helpers import make_request
-from tests.unit.pipeline.pipeline_helpers import (
-    Cluster,
-    add,
-    expect,
-    make_requests,
-    open_cluster,
-    undisturbed,
-)
+from tests.unit.pipeline.pipeline_engine import make_requests, undisturbed
+from tests.unit.pipeline.pipeline_helpers import Cluster, add, expect, open_cluster
 
 MEMORY_BYTES = 2 * 2**20  # 88 blocks for a replica, of which a drop adds less than half
 NUM_REQUESTS = 11  # of each worker: more than the blocks that are there before any KV has left

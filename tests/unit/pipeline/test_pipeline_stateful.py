@@ -31,7 +31,7 @@ from shared.messages import AdminAction, AdminRequest
 from tests.planner_simulator import SimCluster
 from tests.tiny_models import TinyModels
 from tests.unit.model.model_helpers import open_runner
-from tests.unit.pipeline.pipeline_helpers import make_requests, undisturbed
+from tests.unit.pipeline.pipeline_engine import make_requests, undisturbed
 from tests.unit.pipeline.simulated_workers import SimLink, SimWorker
 
 NUMBERS = st.integers(0, 3)

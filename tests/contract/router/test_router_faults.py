@@ -8,62 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
-import pytest_asyncio
 
 from services.router import generator, watchdog
 from services.router.generator import MAX_LOSSES
-from shared.bus.base import BusMessage
-from shared.messages import GenerateStatus, QueueReport, unpack_token_ids
-from shared.subjects import Subjects
+from shared.messages import GenerateStatus, unpack_token_ids
 from tests.conftest import eventually
-from tests.router_support import ASCII_TOKENS, Cluster, post_stream, running_cluster
+from tests.contract.router.router_requests import (
+    COMPLETIONS,
+    NUM_TOKENS,
+    body,
+    expected,
+    undisturbed,
+)
+from tests.router_support import ASCII_TOKENS, Cluster, post_stream
 from tests.stub_worker import StubBehaviour, hashed_token, publish_plan
-
-COMPLETIONS = "/v1/completions"
-NUM_TOKENS = 40
-
-
-@pytest_asyncio.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
-    async with running_cluster(tmp_path) as cluster:
-        yield cluster
-
-
-@pytest_asyncio.fixture
-async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=120)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        yield session
-
-
-def body(seed: int = 1, **fields: Any) -> dict[str, Any]:
-    return {"prompt": "go", "max_tokens": NUM_TOKENS, "seed": seed, **fields}
-
-
-def expected(seed: int = 1, num_tokens: int = NUM_TOKENS) -> str:
-    """What an undisturbed run answers."""
-    spread = 0x7F - 0x21
-    return "".join(
-        chr(0x21 + (seed * 31 + position * 7919 + 17) % spread) for position in range(num_tokens)
-    )
-
-
-async def undisturbed(cluster: Cluster) -> None:
-    """Nothing runs at any worker and nothing waits in any router."""
-    await eventually(
-        lambda: (
-            all(len(service.context.generator) == 0 for service in cluster.services)
-            and all(w.num_running == 0 for w in cluster.workers.values() if w.is_alive)
-        )
-    )
-
 
 # --- workers that fail ---------------------------------------------------------------------------
 
@@ -253,142 +214,6 @@ async def test_streams_survive_an_outage_of_the_bus(
         assert response.status == 503
     cluster.server.start(wipe_store=True)
     assert (await running).text == expected()
-
-
-# --- overload ------------------------------------------------------------------------------------
-
-
-async def test_a_refusing_worker_passes_the_request_to_the_next(
-    cluster: Cluster, http: aiohttp.ClientSession
-) -> None:
-    await cluster.add_worker("w0", StubBehaviour(refuse_with=GenerateStatus.OVERLOADED))
-    await cluster.add_worker("w1")
-    await cluster.add_router()
-    await cluster.ready()
-    for seed in range(6):
-        events = await post_stream(http, cluster.url + COMPLETIONS, body(seed))
-        assert events.text == expected(seed)
-
-
-async def test_requests_wait_in_the_router_until_a_worker_has_room(
-    cluster: Cluster, http: aiohttp.ClientSession
-) -> None:
-    behaviour = StubBehaviour(refuse_with=GenerateStatus.OVERLOADED)
-    await cluster.add_worker("w0", behaviour)
-    service = await cluster.add_router()
-    await cluster.ready()
-    running = [
-        asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body(seed)))
-        for seed in range(10)
-    ]
-    await eventually(lambda: len(service.context.generator) == 10)
-    behaviour.refuse_with = None
-    answers = await asyncio.gather(*running)
-    assert [events.text for events in answers] == [expected(seed) for seed in range(10)]
-
-
-async def test_planners_are_told_what_waits_and_when_nothing_does(
-    cluster: Cluster, http: aiohttp.ClientSession
-) -> None:
-    behaviour = StubBehaviour(refuse_with=GenerateStatus.OVERLOADED)
-    await cluster.add_worker("w0", behaviour)
-    await cluster.add_router()
-    reports: list[QueueReport] = []
-
-    async def take(message: BusMessage) -> None:
-        reports.append(QueueReport.decode(message.payload))
-
-    await cluster.bus.subscribe(Subjects("default").all_queues, take)
-    await cluster.ready()
-    running = [
-        asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body(seed)))
-        for seed in range(2)
-    ]
-    await eventually(lambda: bool(reports) and reports[-1].requests_waiting == 2)
-    assert reports[-1].waiting_tokens >= 2
-    behaviour.refuse_with = None
-    await asyncio.gather(*running)
-    await eventually(lambda: reports[-1].requests_waiting == reports[-1].waiting_tokens == 0)
-
-
-@pytest.mark.parametrize(
-    "limits", [{"max_queued_requests": 2}, {"max_queued_tokens": 5}], ids=["requests", "tokens"]
-)
-async def test_a_full_queue_refuses_with_429(
-    cluster: Cluster, http: aiohttp.ClientSession, limits: dict[str, int]
-) -> None:
-    behaviour = StubBehaviour(refuse_with=GenerateStatus.OVERLOADED)
-    await cluster.add_worker("w0", behaviour)
-    service = await cluster.add_router(**limits)
-    await cluster.ready()
-    running = [
-        asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body(seed)))
-        for seed in range(2)
-    ]
-    await eventually(lambda: service.num_queued == 2)
-    async with http.post(cluster.url + COMPLETIONS, json=body()) as response:
-        assert response.status == 429
-        assert int(response.headers["Retry-After"]) >= 1
-        assert (await response.json())["error"]["code"] == 429
-    behaviour.refuse_with = None
-    assert [events.text for events in await asyncio.gather(*running)] == [expected(0), expected(1)]
-
-
-async def test_a_busy_cluster_refuses_with_429_after_the_timeout(
-    cluster: Cluster, http: aiohttp.ClientSession
-) -> None:
-    await cluster.add_worker("w0", StubBehaviour(refuse_with=GenerateStatus.OVERLOADED))
-    await cluster.add_router(queue_timeout_seconds=0.3)
-    await cluster.ready()
-    async with http.post(cluster.url + COMPLETIONS, json=body()) as response:
-        assert response.status == 429
-        assert "Retry-After" in response.headers
-
-
-async def test_no_worker_is_503_after_the_timeout(
-    cluster: Cluster, http: aiohttp.ClientSession
-) -> None:
-    await cluster.add_router(no_worker_timeout_seconds=0.3)
-    async with http.post(cluster.url + COMPLETIONS, json=body()) as response:
-        assert response.status == 503
-        assert "Retry-After" in response.headers
-
-
-async def test_a_request_waits_for_the_first_worker(
-    cluster: Cluster, http: aiohttp.ClientSession
-) -> None:
-    service = await cluster.add_router()
-    running = asyncio.create_task(post_stream(http, cluster.url + COMPLETIONS, body()))
-    await eventually(lambda: service.num_queued == 1)
-    await cluster.add_worker("w0")
-    assert (await running).text == expected()
-
-
-async def test_too_long_for_every_worker_is_400(
-    cluster: Cluster, http: aiohttp.ClientSession
-) -> None:
-    behaviour = StubBehaviour(refuse_with=GenerateStatus.TOO_LONG, refusal="never fits here")
-    await cluster.add_worker("w0", behaviour)
-    await cluster.add_router()
-    await cluster.ready()
-    async with http.post(cluster.url + COMPLETIONS, json=body()) as response:
-        assert response.status == 400
-        assert (await response.json())["error"]["message"] == "never fits here"
-
-
-async def test_requests_spread_over_workers_by_free_kv(
-    cluster: Cluster, http: aiohttp.ClientSession
-) -> None:
-    for name, blocks in (("small", 4), ("large", 400)):
-        await cluster.add_worker(name, StubBehaviour(kv_blocks_total=blocks))
-    await cluster.add_router()
-    await cluster.ready()
-    request = {"prompt": "x" * 40, "max_tokens": 10}
-    await asyncio.gather(
-        *(post_stream(http, cluster.url + COMPLETIONS, request) for _ in range(30))
-    )
-    assert len(cluster.workers["small"].requests) == 0
-    assert len(cluster.workers["large"].requests) == 30
 
 
 # --- clients -------------------------------------------------------------------------------------
