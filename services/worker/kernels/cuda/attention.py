@@ -168,6 +168,58 @@ def keys_of_split(num_keys, MIN_SPLIT_KEYS: tl.constexpr, MAX_SPLITS: tl.constex
 
 
 @triton.jit
+def attend_keys(
+    q,  # [BLOCK_M, HEAD_DIM_PADDED]
+    position,  # [BLOCK_M], of the queries
+    kv_cache,  # of one KV head: [blocks, 2, BLOCK_SIZE, HEAD_DIM] by the strides
+    table,  # [max_blocks] int32, of one sequence
+    first_key,
+    end_key,
+    scale_log2,
+    sliding_window,
+    block_stride,
+    value_stride,
+    slot_stride,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+):
+    """Queries against the keys `[first_key, end_key)`: softmax's maximum, sum, weighed values."""
+    dim = tl.arange(0, HEAD_DIM_PADDED)
+    maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    accumulator = tl.zeros([BLOCK_M, HEAD_DIM_PADDED], dtype=tl.float32)
+    for start in range(first_key, end_key, TILE_KEYS):
+        key = start + tl.arange(0, TILE_KEYS)
+        is_key = key < end_key
+        kv_block = tl.load(table + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
+        slot = kv_block * block_stride + (key % BLOCK_SIZE) * slot_stride
+        is_kv = is_key[:, None] & (dim < HEAD_DIM)[None, :]
+        pointers = kv_cache + slot[:, None] + dim[None, :]
+        k = tl.load(pointers, mask=is_kv, other=0.0)
+        v = tl.load(pointers + value_stride, mask=is_kv, other=0.0)
+
+        is_visible = is_key[None, :] & (key[None, :] <= position[:, None])
+        if sliding_window > 0:
+            is_visible = is_visible & (key[None, :] > position[:, None] - sliding_window)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        scores = tl.where(is_visible, scores, float("-inf"))
+
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        # A row that has seen no key yet: any finite number will do.
+        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(scores - reference[:, None])
+        decay = tl.exp2(maximum - reference)
+        total = total * decay + tl.sum(weights, axis=1)
+        accumulator = accumulator * decay[:, None]
+        accumulator += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        maximum = new_maximum
+    return maximum, total, accumulator
+
+
+@triton.jit
 def attention_kernel(
     query,  # [num_tokens, num_heads, HEAD_DIM]
     kv_cache,  # [blocks, 2, BLOCK_SIZE, num_kv_heads, HEAD_DIM]
@@ -245,37 +297,25 @@ def attention_kernel(
         end_key = tl.minimum(end_key, (split + 1) * split_keys)
         if first_key >= end_key:
             return
-    first_key = first_key // TILE_KEYS * TILE_KEYS
 
-    maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    accumulator = tl.zeros([BLOCK_M, HEAD_DIM_PADDED], dtype=tl.float32)
-    table = block_table + sequence.to(tl.int64) * table_stride
-    for start in range(first_key, end_key, TILE_KEYS):
-        key = start + tl.arange(0, TILE_KEYS)
-        is_key = key < end_key
-        kv_block = tl.load(table + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
-        slot = kv_block * block_stride + (key % BLOCK_SIZE) * slot_stride + kv_head * HEAD_DIM
-        is_kv = is_key[:, None] & (dim < HEAD_DIM)[None, :]
-        pointers = kv_cache + slot[:, None] + dim[None, :]
-        k = tl.load(pointers, mask=is_kv, other=0.0)
-        v = tl.load(pointers + value_stride, mask=is_kv, other=0.0)
-
-        is_visible = is_key[None, :] & (key[None, :] <= position[:, None])
-        if sliding_window > 0:
-            is_visible = is_visible & (key[None, :] > position[:, None] - sliding_window)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        scores = tl.where(is_visible, scores, float("-inf"))
-
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        # A row that has seen no key yet: any finite number will do.
-        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(scores - reference[:, None])
-        decay = tl.exp2(maximum - reference)
-        total = total * decay + tl.sum(weights, axis=1)
-        accumulator = accumulator * decay[:, None]
-        accumulator += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        maximum = new_maximum
+    maximum, total, accumulator = attend_keys(
+        q,
+        position,
+        kv_cache + kv_head * HEAD_DIM,
+        block_table + sequence.to(tl.int64) * table_stride,
+        first_key // TILE_KEYS * TILE_KEYS,
+        end_key,
+        scale_log2,
+        sliding_window,
+        block_stride,
+        value_stride,
+        slot_stride,
+        HEAD_DIM,
+        HEAD_DIM_PADDED,
+        BLOCK_SIZE,
+        BLOCK_M,
+        TILE_KEYS,
+    )
 
     if IS_SINGLE:
         num_heads = tl.num_programs(1) * HEADS_PER_KV_HEAD
