@@ -25,6 +25,12 @@ DROP, RESTORE = "#c0392b", "#1b7f4d"
 
 def draw_runs(runs: Sequence[PolicyRun], tokens_per_block: int, path: Path) -> None:
     """Write a PNG with one column for each run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_figure(runs, tokens_per_block).savefig(path)
+
+
+def make_figure(runs: Sequence[PolicyRun], tokens_per_block: int) -> Figure:
+    """One column for each run."""
     mpl.use("Agg")
     figure = Figure(figsize=(5.6 * len(runs), 6.4), layout="constrained", dpi=120)
     axes = figure.subplots(2, len(runs), sharex=True, sharey="row", squeeze=False)
@@ -36,11 +42,12 @@ def draw_runs(runs: Sequence[PolicyRun], tokens_per_block: int, path: Path) -> N
         for row in (0, 1):
             _mark(axes[row, column], run)
             axes[row, column].grid(alpha=0.25)
+    for row in (0, 1):  # at the end: fixing one limit fixes the other, and columns share both
+        axes[row, 0].set_ylim(bottom=0)
     _explain(figure, axes.flat)
     axes[0, 0].set_ylabel("KV cache, thousand tokens")
     axes[1, 0].set_ylabel("TTFT, s")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    return figure
 
 
 def _draw_memory(axes: Axes, run: PolicyRun, scale: float) -> None:
@@ -51,7 +58,6 @@ def _draw_memory(axes: Axes, run: PolicyRun, scale: float) -> None:
     axes.fill_between(times, used, color=DEMAND, alpha=0.25, linewidth=0, label="in use")
     axes.plot(times, demand, color=DEMAND, linewidth=1.4, label="demand (running + queued)")
     axes.step(times, capacity, color=CAPACITY, linewidth=1.4, where="post", label="capacity")
-    axes.set_ylim(bottom=0)
 
 
 def _draw_ttft(axes: Axes, run: PolicyRun) -> None:
@@ -76,7 +82,6 @@ def _draw_ttft(axes: Axes, run: PolicyRun) -> None:
         linewidth=1.2,
         label=f"median TTFT of {WINDOW_SECONDS:g} s",
     )
-    axes.set_ylim(bottom=0)
 
 
 def _mark(axes: Axes, run: PolicyRun) -> None:

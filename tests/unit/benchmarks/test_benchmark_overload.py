@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.metrics import RequestRecord, summarise
+from benchmarks.overload_picture import make_figure
+from benchmarks.overload_run import Policy, PolicyRun
 from benchmarks.overload_watch import (
     LayoutChange,
+    LoadPoint,
     LoadSample,
     load_series,
     transition_starts,
@@ -114,3 +118,29 @@ def test_the_series_adds_up_the_groups_in_force() -> None:
 def test_a_drop_begins_once_with_its_commit() -> None:
     assert transition_starts(LAYOUTS, LayoutState.DROPPING) == [3.0]
     assert transition_starts(LAYOUTS, LayoutState.RESTORING) == []
+
+
+def run_with_capacity(capacity_blocks: int) -> PolicyRun:
+    record = RequestRecord(0, 0.0, (1.0, 2.0), output_tokens=2, prompt_tokens=1)
+    summary = summarise([record])
+    return PolicyRun(
+        policy=Policy.NONE,
+        seed=1,
+        arrivals=(),
+        summary=summary,
+        burst=summary,
+        records=[record],
+        load=[LoadPoint(at, 5, 5, capacity_blocks, 0) for at in (0.0, 1.0)],
+        drops=(),
+        restores=(),
+        num_preemptions=0,
+        is_restored=True,
+        waiting_at_restore=(),
+        transitions=(),
+    )
+
+
+def test_the_picture_has_room_for_the_highest_capacity_of_all_runs() -> None:
+    figure = make_figure([run_with_capacity(10), run_with_capacity(20)], tokens_per_block=1000)
+    assert all(axes.get_ylim()[1] >= 20 for axes in figure.axes[:2])
+    assert all(axes.get_ylim()[0] == 0 for axes in figure.axes)
