@@ -10,6 +10,7 @@ re-created bucket.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from nats.js.kv import KeyValue as ClientKeyValue
 
 from shared.bus.base import (
     BusError,
+    BusTimeoutError,
     KeyValueEntry,
     NoRespondersError,
     RevisionConflictError,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from shared.bus.nats import NatsBus
 
 OPERATION_TIMEOUT_SECONDS = 2.0
+OPEN_TIMEOUT_SECONDS = 20.0
 #: Markers of deleted keys are swept after this; readers that missed one re-read the bucket.
 DELETE_MARKER_SECONDS = 60.0
 HEADER_SEQUENCE, HEADER_OPERATION = "Nats-Sequence", "KV-Operation"
@@ -81,8 +84,18 @@ class NatsKeyValue:
         self._store: ClientKeyValue | None = None
 
     async def open(self) -> None:
-        """Find or create the bucket; raises BusError, also where it has other settings."""
-        self._store = await self._run(self._find_or_create())
+        """Find or create the bucket; raises BusError, also where it has other settings.
+
+        Services open theirs when they start, with the server or while its disk is busy: what takes
+        it too long is asked again, for a while.
+        """
+        gives_up_at = time.monotonic() + OPEN_TIMEOUT_SECONDS
+        while self._store is None:
+            try:
+                self._store = await self._run(self._find_or_create())
+            except BusTimeoutError:
+                if time.monotonic() >= gives_up_at:
+                    raise
 
     async def get(self, key: str) -> KeyValueEntry | None:
         async def operation(store: ClientKeyValue) -> KeyValueEntry | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,9 +13,11 @@ from pathlib import Path
 import nkeys
 import pytest
 import pytest_asyncio
+from nats.js.kv import KeyValue as ClientKeyValue
 
 from shared.bus.base import BusDisconnectedError, BusError, BusMessage, BusTimeoutError
 from shared.bus.nats import Credentials, NatsBus, connect
+from shared.bus.nats_kv import NatsKeyValue
 from shared.embedded_nats import EmbeddedNats
 from shared.errors import ConfigError
 from tests.conftest import eventually
@@ -255,3 +259,22 @@ async def test_unusable_credential_files(tmp_path: Path, option: str) -> None:
     for path in (missing, empty):
         with pytest.raises(ConfigError, match=str(path)):
             Credentials(**{option: path}).check()
+
+
+async def test_a_server_that_is_slow_at_first_is_asked_for_a_bucket_again(
+    own_nats_server: EmbeddedNats, bus: NatsBus, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[NatsKeyValue] = []
+    find_or_create = NatsKeyValue._find_or_create
+
+    async def counted(store: NatsKeyValue) -> ClientKeyValue:
+        attempts.append(store)
+        return await find_or_create(store)
+
+    monkeypatch.setattr(NatsKeyValue, "_find_or_create", counted)
+    os.kill(own_nats_server.pid, signal.SIGSTOP)
+    opening = asyncio.create_task(bus.key_value(unique))
+    await eventually(lambda: len(attempts) > 1)
+    os.kill(own_nats_server.pid, signal.SIGCONT)
+    store = await opening
+    assert await store.put("key", b"value") > 0
