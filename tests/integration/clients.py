@@ -159,12 +159,15 @@ class Streams:
         await self.disconnect()
 
     async def wait_tokens(self, num_tokens: int) -> None:
-        """Return when every stream has so many tokens; fails where one has come to its end."""
+        """Return when every stream has so many tokens, or its end; fails where all have ended.
+
+        On a busy machine some may be done before others have begun.
+        """
 
         def have_all() -> bool:
-            for stream in self.streams:
-                assert not stream.is_over, f"a stream ended early: {stream.answer}"
-            return all(stream.num_tokens >= num_tokens for stream in self.streams)
+            ended = [stream for stream in self.streams if stream.is_over]
+            assert len(ended) < len(self.streams), "all streams ended before anything could happen"
+            return all(s.is_over or s.num_tokens >= num_tokens for s in self.streams)
 
         await eventually(have_all, ANSWER_SECONDS)
 
