@@ -101,13 +101,13 @@ class TinyModels:
             _randomised(ALL[name]).save_pretrained(path)
         return path
 
-    def reference(self, name: str) -> PreTrainedModel:
+    def reference(self, name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The same model as transformers runs it."""
-        return load_reference(self.directory(name))
+        return load_reference(self.directory(name), dtype)
 
 
 @cache
-def load_reference(directory: Path) -> PreTrainedModel:
-    """The model of a directory as transformers runs it, float32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+def load_reference(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a directory as transformers runs it."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     return model.eval()

@@ -27,7 +27,7 @@ class TorchOps:
         norms: HeadNorms | None,
         kv_cache: torch.Tensor,
     ) -> None:
-        _, _, block_size, num_kv_heads, head_dim = kv_cache.shape
+        _, _, _, num_kv_heads, head_dim = kv_cache.shape
         heads = qkv.view(len(qkv), -1, head_dim)
         num_heads = heads.shape[1] - 2 * num_kv_heads
         query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
@@ -35,10 +35,19 @@ class TorchOps:
             query = _normalised(query, norms.query, norms.eps)
             key = _normalised(key, norms.key, norms.eps)
         heads[:, :num_heads] = _rotated(query, batch)
-        slots = batch.slot_mapping
-        is_stored = slots >= 0
-        blocks, offsets = slots[is_stored] // block_size, slots[is_stored] % block_size
-        kv_cache[blocks, 0, offsets] = _rotated(key, batch)[is_stored]
+        self.store_kv(_rotated(key, batch), value, batch.slot_mapping, kv_cache)
+
+    def store_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        kv_cache: torch.Tensor,
+    ) -> None:
+        is_stored = slot_mapping >= 0
+        slots, block_size = slot_mapping[is_stored], kv_cache.shape[2]
+        blocks, offsets = slots // block_size, slots % block_size
+        kv_cache[blocks, 0, offsets] = key[is_stored]
         kv_cache[blocks, 1, offsets] = value[is_stored]
 
     def attention(

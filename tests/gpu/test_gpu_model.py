@@ -23,7 +23,7 @@ from services.worker.model.runner import ModelRunner, RunnerConfig
 from services.worker.model.sampler import SamplingRow
 from shared.layout import Span
 from shared.sampling import SamplingParams
-from tests.tiny_models import LLAMA_FAMILY, NUM_LAYERS, VOCAB_SIZE, TinyModels
+from tests.tiny_models import ALL, NUM_LAYERS, OTHERS, VOCAB_SIZE, TinyModels
 from tests.unit.model.model_helpers import (
     MAX_NUM_TOKENS,
     PagedSequence,
@@ -76,7 +76,7 @@ def test_tensors_stay_good_when_their_memory_leaves_and_comes_back() -> None:
     pool.close()
 
 
-@pytest.mark.parametrize("name", LLAMA_FAMILY)
+@pytest.mark.parametrize("name", ALL)
 def test_tokens_are_those_of_transformers(name: str, tiny_models: TinyModels) -> None:
     requests = [
         make_request(f"r{index}", prompt, temperature=0.0, max_tokens=12)
@@ -90,14 +90,15 @@ def test_tokens_are_those_of_transformers(name: str, tiny_models: TinyModels) ->
         assert run.tokens[request.request_id][: len(expected)] == expected
 
 
+@pytest.mark.parametrize("name", ["llama", *OTHERS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close_to_transformers(
-    dtype: torch.dtype, tiny_models: TinyModels
+    name: str, dtype: torch.dtype, tiny_models: TinyModels
 ) -> None:
     prompt = PROMPTS[0]
     with torch.inference_mode():
-        expected = tiny_models.reference("llama")(torch.tensor([prompt])).logits[0, -1]
-    with open_gpu_runner(tiny_models, "llama", dtype) as runner:
+        expected = tiny_models.reference(name)(torch.tensor([prompt])).logits[0, -1]
+    with open_gpu_runner(tiny_models, name, dtype) as runner:
         actual = last_logits(runner, [PagedSequence(prompt, [5, 1, 3]).take(len(prompt))])[0].cpu()
     assert (actual - expected).norm() / expected.norm() < 0.05
 

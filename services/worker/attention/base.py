@@ -1,19 +1,21 @@
 """What a layer that brings its own projections needs of attention: store K and V, then attend.
 
-The fused layers of `services/worker/model/layers/llama.py` do this inside one kernel call and need
-no such object; the Hugging Face layers call it through transformers' `AttentionInterface`.
+The fused layers (`llama.py` and `torch_llama.py` in `services/worker/model/layers`) do this between
+their products and need no such object; the Hugging Face layers call it through transformers'
+`AttentionInterface`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
-from services.worker.kernels.cpu import AttentionBatch
+#: How the device's kernels take a batch: `AttentionBatch` on the CPU, `PagedBatch` elsewhere.
+BatchT = TypeVar("BatchT", contravariant=True)
 
 
-class PagedAttention(Protocol):
+class PagedAttention(Protocol[BatchT]):
     """Causal grouped-query attention of a batch over one layer's paged KV."""
 
     def forward(
@@ -22,7 +24,7 @@ class PagedAttention(Protocol):
         key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim], rotated
         value: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
         kv_cache: torch.Tensor,  # [blocks, 2, block_size, num_kv_heads, head_dim]
-        batch: AttentionBatch,
+        batch: BatchT,
         *,
         scale: float,
         sliding_window: int | None,

@@ -9,7 +9,7 @@ from services.worker.kernels.library import LayerGeometry
 
 
 class CpuAttention:
-    """Implements `PagedAttention`."""
+    """Implements `PagedAttention[AttentionBatch]`."""
 
     def __init__(self, kernels: CpuKernels) -> None:
         self._kernels = kernels

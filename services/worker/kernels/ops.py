@@ -92,6 +92,16 @@ class LayerOps(Protocol):
         """
         ...
 
+    def store_kv(
+        self,
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim], strided; heads are contiguous
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]; likewise
+        slot_mapping: torch.Tensor,  # [num_tokens] int64
+        kv_cache: torch.Tensor,  # [blocks, 2, block_size, num_kv_heads, head_dim]
+    ) -> None:
+        """Store k, already rotated, and v at their slots; not where the slot is negative."""
+        ...
+
     def attention(
         self,
         query: torch.Tensor,  # [num_tokens, num_heads, head_dim]; tokens may be strided

@@ -127,6 +127,21 @@ class DecodeGraphs:
             self._replays[size, first] = self._capture(work)
 
 
+def run_layers(
+    layers: Sequence[LayerForward],
+    start: int,
+    hidden: torch.Tensor,  # [num_tokens, hidden], overwritten with the result
+    batch: PagedBatch,
+    graphs: DecodeGraphs | None,
+) -> None:
+    """Run neighbouring layers, the first of which is `start`: from graphs where they serve it."""
+    if graphs is not None and graphs.serves(batch):
+        graphs.run(layers, start, hidden, batch)
+        return
+    for forward in layers:
+        forward(hidden, batch)
+
+
 class _Inputs:
     """What graphs read and write, at addresses that stay."""
 

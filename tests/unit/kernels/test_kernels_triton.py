@@ -137,6 +137,24 @@ def test_rope_and_store_is_that_of_torch(dtype: torch.dtype, has_norms: bool) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 80])
+def test_keys_and_values_are_stored_where_torch_stores_them(
+    dtype: torch.dtype, head_dim: int
+) -> None:
+    kv_heads = 3
+    pages = Pages.make([(18, 1), (0, 3)], kv_heads, head_dim, dtype)
+    slots = pages.batch.slot_mapping
+    slots[1] = -1
+    key = random(kv_heads, len(slots), head_dim, dtype=dtype).transpose(0, 1)  # head by head
+    value = random(len(slots), 2 * kv_heads, head_dim, dtype=dtype)[:, kv_heads:]  # between others
+    caches = []
+    for ops in (TritonOps(), TorchOps()):
+        caches.append(pages.kv_cache.clone())
+        ops.store_kv(key, value, slots, caches[-1])
+    torch.testing.assert_close(*caches, atol=0.0, rtol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_and_activation_are_those_of_torch(dtype: torch.dtype) -> None:
     x, weight = random(5, 96, dtype=dtype), random(96, dtype=dtype)
     gate_up = random(3, 2 * 1100, dtype=dtype)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from services.worker.attention.cpu import CpuAttention
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.kernels.torch_kernels import TorchKernels
 from services.worker.memory.cpu import CpuMemory
@@ -19,8 +18,8 @@ from services.worker.model.batch import ForwardBatch, SequenceSlice, make_batch
 from services.worker.model.checkpoint import Checkpoint
 from services.worker.model.config import ModelConfig
 from services.worker.model.layers.base import DecoderLayers
+from services.worker.model.layers.cpu_transformers import CpuTransformersLayers
 from services.worker.model.layers.factory import make_decoder_layers
-from services.worker.model.layers.transformers_layer import TransformersLayers
 from services.worker.model.plan import ModelPlan
 from services.worker.model.runner import ModelRunner, RunnerConfig
 from services.worker.model.stage import Stage
@@ -43,7 +42,7 @@ def served_layers(config: ModelConfig, kernels: CpuKernels | TorchKernels) -> De
 
 def transformers_layers(config: ModelConfig, kernels: CpuKernels) -> DecoderLayers[Any]:
     """Hugging Face's layers, also where a worker has faster ones."""
-    return TransformersLayers(config, CpuAttention(kernels), kernels)
+    return CpuTransformersLayers(config, kernels)
 
 
 @dataclass(frozen=True)

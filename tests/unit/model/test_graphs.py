@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from services.worker.kernels.torch_kernels import TorchKernels
 from services.worker.model.batch import ForwardBatch, SequenceSlice, make_batch
 from services.worker.model.config import ModelConfig
 from services.worker.model.graphs import DecodeGraphs, Work, padded_batch_size
+from services.worker.model.layers.base import DecoderLayers
 from services.worker.model.layers.torch_llama import TorchLlamaLayers
+from services.worker.model.layers.torch_transformers import TorchTransformersLayers
 from services.worker.model.stage import Stage
 from shared.layout import Span
-from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE, TinyModels
+from tests.tiny_models import NUM_LAYERS, OTHERS, VOCAB_SIZE, TinyModels
 from tests.torch_ops import TorchOps
 from tests.unit.model.model_helpers import (
     BLOCK_SIZE,
@@ -32,6 +35,7 @@ from tests.unit.model.model_helpers import (
 
 KERNELS = TorchKernels(torch.device("cpu"), torch.float32, TorchOps())
 LENGTHS = [17, 3, 30, 16, 2]
+FUSED = "mistral-window"
 
 
 class ImitatedCapture:
@@ -53,15 +57,16 @@ class ImitatedCapture:
 
 @contextmanager
 def stages(
-    tiny_models: TinyModels, capture: ImitatedCapture, segment_layers: int
+    tiny_models: TinyModels, capture: ImitatedCapture, segment_layers: int, name: str = FUSED
 ) -> Iterator[tuple[Stage, Stage]]:
     """One that replays, and one that does not."""
 
-    def graphed(config: ModelConfig, kernels: TorchKernels) -> TorchLlamaLayers:
+    def graphed(config: ModelConfig, kernels: TorchKernels) -> DecoderLayers[Any]:
         graphs = DecodeGraphs(config, kernels, capture, segment_layers)
-        return TorchLlamaLayers(config, kernels, graphs, MAX_NUM_TOKENS)
+        layers = TorchTransformersLayers if name in OTHERS else TorchLlamaLayers
+        return layers(config, kernels, graphs, MAX_NUM_TOKENS)
 
-    directory = tiny_models.directory("mistral-window")
+    directory = tiny_models.directory(name)
     with (
         open_stage(directory, KERNELS, make_layers=graphed) as one,
         open_stage(directory, KERNELS) as other,
@@ -85,12 +90,15 @@ def decode_batch(num_seqs: int, step: int) -> ForwardBatch:
     )
 
 
-@pytest.mark.parametrize("segment_layers", [1, 3, NUM_LAYERS, 7])
+@pytest.mark.parametrize(
+    ("name", "segment_layers"),
+    [*((FUSED, count) for count in (1, 3, NUM_LAYERS, 7)), *((name, 3) for name in OTHERS)],
+)
 def test_decode_is_the_same_at_every_batch_size(
-    tiny_models: TinyModels, segment_layers: int
+    name: str, segment_layers: int, tiny_models: TinyModels
 ) -> None:
     capture = ImitatedCapture()
-    with stages(tiny_models, capture, segment_layers) as (graphed, eager):
+    with stages(tiny_models, capture, segment_layers, name) as (graphed, eager):
         for step, num_seqs in enumerate([5, 3, 5, 1, 5, 3]):
             batch = decode_batch(num_seqs, step)
             actual = run_route([(graphed, WHOLE)], batch)

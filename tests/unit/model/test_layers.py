@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from services.worker.kernels.cpu import CpuKernels
+from services.worker.kernels.torch_kernels import TorchKernels
 from services.worker.model.checkpoint import Checkpoint, CheckpointError
 from services.worker.model.config import LayerType, ModelConfig
+from services.worker.model.layers.cpu_transformers import CpuTransformersLayers
 from services.worker.model.layers.factory import layer_shapes, make_decoder_layers
 from services.worker.model.layers.llama import LlamaLayers
-from services.worker.model.layers.transformers_layer import TransformersLayers
+from services.worker.model.layers.torch_llama import TorchLlamaLayers
+from services.worker.model.layers.torch_transformers import TorchTransformersLayers
 from shared.errors import ConfigError
 from tests.tiny_models import ALL, LLAMA_FAMILY, NUM_LAYERS, TinyModels
+from tests.torch_ops import TorchOps
 
 MAX_NUM_TOKENS = 64
 
@@ -28,8 +33,12 @@ def test_the_llama_family_is_fused_and_the_rest_is_transformers(
     name: str, tiny_models: TinyModels, kernels: CpuKernels
 ) -> None:
     config = ModelConfig.from_directory(tiny_models.directory(name))
-    layers = make_decoder_layers(config, kernels, MAX_NUM_TOKENS)
-    assert isinstance(layers, LlamaLayers if name in LLAMA_FAMILY else TransformersLayers)
+    on_cpu = make_decoder_layers(config, kernels, MAX_NUM_TOKENS)
+    assert isinstance(on_cpu, LlamaLayers if name in LLAMA_FAMILY else CpuTransformersLayers)
+    torch_kernels = TorchKernels(torch.device("cpu"), torch.float32, TorchOps())
+    on_cuda = make_decoder_layers(config, torch_kernels, MAX_NUM_TOKENS)
+    expected = TorchLlamaLayers if name in LLAMA_FAMILY else TorchTransformersLayers
+    assert isinstance(on_cuda, expected)
 
 
 @pytest.mark.parametrize("name", LLAMA_FAMILY)

@@ -1,4 +1,4 @@
-"""Norm, rotary embedding with the KV store, and gated activation, in Triton.
+"""Norm, rotary embedding, KV store and gated activation, in Triton.
 
 Arithmetic is fp32; results are rounded where Hugging Face's modules round.
 """
@@ -72,6 +72,33 @@ def rope_and_store(
         HALF_PADDED=triton.next_power_of_2(head_dim // 2),
         BLOCK_SIZE=block_size,
         HAS_NORM=norms is not None,
+        num_warps=1,
+    )
+
+
+def store_kv(
+    key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim], strided; heads are contiguous
+    value: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]; likewise
+    slot_mapping: torch.Tensor,  # [num_tokens] int64
+    kv_cache: torch.Tensor,  # [blocks, 2, block_size, num_kv_heads, head_dim]
+) -> None:
+    """Store k and v at their slots of the layer's KV."""
+    num_tokens, num_kv_heads, head_dim = key.shape
+    store_kv_kernel[(num_tokens, num_kv_heads)](
+        key,
+        value,
+        kv_cache,
+        slot_mapping,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.stride(2),
+        HEAD_DIM=head_dim,
+        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
+        BLOCK_SIZE=kv_cache.shape[2],
         num_warps=1,
     )
 
@@ -167,8 +194,45 @@ def rope_and_store_kernel(
         slot = tl.load(slot_mapping + token)
         kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
         is_value = head >= NUM_HEADS + NUM_KV_HEADS
-        target = kv_cache + slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride
+        target = keys_of_slot(kv_cache, slot, block_stride, slot_stride, BLOCK_SIZE)
         target += is_value.to(tl.int64) * value_stride + kv_head * 2 * HALF
         is_stored = is_half & (slot >= 0)
         tl.store(target + half, low, mask=is_stored)
         tl.store(target + HALF + half, high, mask=is_stored)
+
+
+@triton.jit
+def store_kv_kernel(
+    key,
+    value,
+    kv_cache,
+    slot_mapping,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    block_stride,
+    value_stride,
+    slot_stride,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """One KV head of one token per program, its key and its value."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    dim = tl.arange(0, HEAD_DIM_PADDED)
+    slot = tl.load(slot_mapping + token)
+    is_stored = (dim < HEAD_DIM) & (slot >= 0)
+    k = tl.load(key + token * key_token_stride + head * key_head_stride + dim, mask=is_stored)
+    v = tl.load(value + token * value_token_stride + head * value_head_stride + dim, mask=is_stored)
+    target = keys_of_slot(kv_cache, slot, block_stride, slot_stride, BLOCK_SIZE)
+    target += head * HEAD_DIM + dim
+    tl.store(target, k, mask=is_stored)
+    tl.store(target + value_stride, v, mask=is_stored)
+
+
+@triton.jit
+def keys_of_slot(kv_cache, slot, block_stride, slot_stride, BLOCK_SIZE: tl.constexpr):
+    """Where the keys of a slot begin; its values lie `value_stride` further on."""
+    return kv_cache + slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride

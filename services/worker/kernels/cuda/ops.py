@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 
 from services.worker.kernels.cuda.attention import attend
-from services.worker.kernels.cuda.elementwise import rms_norm, rope_and_store, silu_mul
+from services.worker.kernels.cuda.elementwise import (
+    rms_norm,
+    rope_and_store,
+    silu_mul,
+    store_kv,
+)
 from services.worker.kernels.ops import HeadNorms, PagedBatch
 
 
@@ -31,6 +36,16 @@ class TritonOps:
     ) -> None:
         """(Normalise and) rotate q in place and k, and store k and v at their slots."""
         rope_and_store(qkv, kv_cache, batch, norms)
+
+    def store_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        kv_cache: torch.Tensor,
+    ) -> None:
+        """Store k and v at their slots."""
+        store_kv(key, value, slot_mapping, kv_cache)
 
     def attention(
         self,

@@ -4,9 +4,13 @@
       make(layer, arena, kv_cache) --> a layer on a filled arena
       run([layers], hidden, batch)     some in a row, in place
 
-`Stage` knows only this; what a layer is, is between the methods of one implementation. `llama.py`
-(fused CPU kernels), `transformers_layer.py` (Hugging Face's own module, for the architectures
-beyond the Llama family) and `torch_llama.py` (CUDA); `factory.py` chooses.
+`Stage` knows only this; what a layer is, is between the methods of one implementation:
+
+                    Llama family     all others, as Hugging Face's own module
+    CPU             llama.py         cpu_transformers.py
+    CUDA            torch_llama.py   torch_transformers.py
+
+`factory.py` chooses.
 """
 
 from __future__ import annotations

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from services.worker.attention.cpu import CpuAttention
 from services.worker.kernels.cpu import MAX_HEAD_DIM, MAX_HEADS_PER_KV_HEAD, CpuKernels
 from services.worker.kernels.torch_kernels import TorchKernels
-from services.worker.model.config import Architecture, ModelConfig
+from services.worker.model.config import ModelConfig
 from services.worker.model.graphs import CudaCapture, DecodeGraphs
-from services.worker.model.layers import llama, torch_llama, transformers_layer
+from services.worker.model.layers import llama, transformers_layer
 from services.worker.model.layers.base import DecoderLayers
+from services.worker.model.layers.cpu_transformers import CpuTransformersLayers
+from services.worker.model.layers.llama import LlamaLayers
+from services.worker.model.layers.torch_llama import TorchLlamaLayers
+from services.worker.model.layers.torch_transformers import TorchTransformersLayers
 from shared.errors import ConfigError
 
 _HEAD_DIM_MULTIPLE = 16
@@ -32,24 +35,16 @@ def make_decoder_layers(
         ConfigError: the kernels cannot serve this architecture, or these dimensions.
     """
     if isinstance(kernels, TorchKernels):
-        _check_architecture(config)
         graphs = None
         if kernels.device.type == "cuda":
             graphs = DecodeGraphs(config, kernels, CudaCapture())
-        return torch_llama.TorchLlamaLayers(config, kernels, graphs, max_num_tokens)
+        if config.architecture.is_llama_family:
+            return TorchLlamaLayers(config, kernels, graphs, max_num_tokens)
+        return TorchTransformersLayers(config, kernels, graphs, max_num_tokens)
     _check_dimensions(config)
     if config.architecture.is_llama_family:
-        return llama.LlamaLayers(config, kernels, max_num_tokens)
-    return transformers_layer.TransformersLayers(config, CpuAttention(kernels), kernels)
-
-
-def _check_architecture(config: ModelConfig) -> None:
-    """Refuse what has no layer for GPUs."""
-    if not config.architecture.is_llama_family:
-        served = ", ".join(name for name in Architecture if name.is_llama_family)
-        raise ConfigError(
-            f"{config.architecture} is served on the CPU only (--device cpu); CUDA serves {served}"
-        )
+        return LlamaLayers(config, kernels, max_num_tokens)
+    return CpuTransformersLayers(config, kernels)
 
 
 def _check_dimensions(config: ModelConfig) -> None:

@@ -21,7 +21,7 @@ from services.worker.kernels.torch_kernels import TorchKernels
 from services.worker.model.arena import ArenaLayout
 from services.worker.model.batch import ForwardBatch
 from services.worker.model.config import ModelConfig
-from services.worker.model.graphs import MAX_SEQS, DecodeGraphs
+from services.worker.model.graphs import MAX_SEQS, DecodeGraphs, run_layers
 from services.worker.model.layers.llama import layer_parts
 
 
@@ -173,12 +173,8 @@ class TorchLlamaLayers:
         sin: torch.Tensor,  # [num_tokens, head_dim] fp32
     ) -> None:
         """Run neighbouring layers; writes the batch's KV."""
-        paged = PagedBatch.of(batch, cos, sin)
-        if self._graphs is not None and self._graphs.serves(paged):
-            self._graphs.run([layer.forward for layer in layers], start, hidden, paged)
-            return
-        for layer in layers:
-            layer.forward(hidden, paged)
+        forwards = [layer.forward for layer in layers]
+        run_layers(forwards, start, hidden, PagedBatch.of(batch, cos, sin), self._graphs)
 
 
 def _weights(config: ModelConfig, layout: ArenaLayout, arena_address: int) -> TorchLlamaWeights:

@@ -1,54 +1,50 @@
-"""The Hugging Face decoder layer, run on an arena and on paged KV.
+"""The Hugging Face decoder layer, run on an arena and on paged KV, on any device.
 
 The module is built on the meta device, where it takes no memory, and gets its parameters here:
 
-    nn.Linear               -> PackedLinear on a packed matrix of the arena
     norm weights, vectors   -> views into the arena
+    nn.Linear               -> the same, or what a device has in its place
     attention               -> transformers calls `_paged_attention` (AttentionInterface), which
                                finds the layer's KV and the batch in the keyword `paged`
 
-So everything that differs between architectures is transformers' own code. It serves what the fused
-layer does not, and is the fused layer's oracle in the tests.
-
-Rows stay independent of their neighbours: matrix products and attention are our kernels, norms
-reduce one row at a time, and rotary embedding is products and sums, which are exactly rounded
-anywhere. Activations are evaluated by torch in vectors over the flat tensor and the rest of it one
-by one, in other bits; `intermediate_size` must therefore be a multiple of the widest vector loop,
-and torch must run with one thread (`services/worker/build.py`), so that there never is a rest.
+So everything that differs between architectures is transformers' own code; what differs between
+devices is in `cpu_transformers.py` and `torch_transformers.py`. It serves what the fused layers do
+not, and is the oracle of the CPU's fused layer in the tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from services.worker.attention.base import PagedAttention
-from services.worker.kernels.cpu import AttentionBatch, CpuKernels
-from services.worker.memory.tensors import tensor_at
+from services.worker.kernels.base import Kernels
+from services.worker.kernels.cpu import AttentionBatch
+from services.worker.kernels.ops import PagedBatch
 from services.worker.model.arena import ArenaLayout, PartSpec
-from services.worker.model.batch import ForwardBatch
 from services.worker.model.config import ModelConfig
-from services.worker.model.layers.cpu_batch import attention_batch
 from services.worker.model.transformers_config import transformers_config
-from shared.errors import ConfigError
+
+BatchT = TypeVar("BatchT", AttentionBatch, PagedBatch)
+
+#: Makes what takes the place of an nn.Linear, given the prefix of its parameters' names and the
+#: address of the layer's arena.
+PlaceLinear = Callable[[nn.Linear, str, int], nn.Module]
 
 _ATTENTION_NAME = "kunpaged"
 
-#: Elements of torch's widest vector loop: two registers of AVX-512.
-_ACTIVATION_MULTIPLE = 32
-
 
 @dataclass(frozen=True, slots=True)
-class _PagedCall:
+class _PagedCall(Generic[BatchT]):
     """What attention needs beyond what transformers hands it; travels as the keyword `paged`."""
 
-    attention: PagedAttention
+    attention: PagedAttention[BatchT]
     kv_cache: torch.Tensor  # [blocks, 2, block_size, num_kv_heads, head_dim]
-    batch: AttentionBatch
+    batch: BatchT
 
 
 def _paged_attention(
@@ -59,7 +55,7 @@ def _paged_attention(
     attention_mask: None,
     *,
     scaling: float,
-    paged: _PagedCall,
+    paged: _PagedCall[Any],
     sliding_window: int | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:  # [1, num_tokens, num_heads, head_dim]
@@ -76,123 +72,83 @@ def _paged_attention(
     return out[None], None
 
 
-class PackedLinear(nn.Module):
-    """Takes the place of nn.Linear: the matrix is packed in an arena."""
-
-    def __init__(
-        self, kernels: CpuKernels, address: int, rows: int, bias: torch.Tensor | None
-    ) -> None:
-        super().__init__()
-        self._kernels = kernels
-        self._address = address
-        self._rows = rows
-        self._bias = bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [1, tokens, k] -> [1, tokens, rows]
-        """x @ w.T + bias."""
-        out = torch.empty(1, x.shape[1], self._rows)
-        self._kernels.linear(x[0].contiguous(), self._address, self._rows, out[0], bias=self._bias)
-        return out
-
-
-class TransformersLayer:
+@dataclass(frozen=True, slots=True)
+class TransformersLayer(Generic[BatchT]):
     """A resident layer."""
 
-    def __init__(
-        self, module: nn.Module, attention: PagedAttention, kv_cache: torch.Tensor
-    ) -> None:
-        self._module = module
-        self._attention = attention
-        self._kv_cache = kv_cache
+    module: nn.Module
+    attention: PagedAttention[BatchT]
+    kv_cache: torch.Tensor  # [blocks, 2, block_size, num_kv_heads, head_dim]
+    rotary_dtype: torch.dtype
 
     def forward(
         self,
         hidden: torch.Tensor,  # [num_tokens, hidden], overwritten with the result
-        batch: AttentionBatch,
+        batch: BatchT,
     ) -> None:
         """Run the layer; writes the KV of the batch's tokens."""
-        out: torch.Tensor = self._module(
+        cos, sin = batch.cos.to(self.rotary_dtype), batch.sin.to(self.rotary_dtype)
+        out: torch.Tensor = self.module(
             hidden[None],
             attention_mask=None,
-            position_embeddings=(batch.cos[None], batch.sin[None]),
+            position_embeddings=(cos[None], sin[None]),
             past_key_values=None,
             use_cache=False,
-            paged=_PagedCall(self._attention, self._kv_cache, batch),
+            paged=_PagedCall(self.attention, self.kv_cache, batch),
         )
         hidden.copy_(out[0])
 
 
-class TransformersLayers:
-    """The layers of one model. Implements `DecoderLayers`."""
+class TransformersModules:
+    """The layers of one model as modules without memory, each placed on an arena on demand."""
 
-    def __init__(self, config: ModelConfig, attention: PagedAttention, kernels: CpuKernels) -> None:
-        """Raises ConfigError where results would depend on the batch (see the module's text)."""
-        if config.intermediate_size % _ACTIVATION_MULTIPLE:
-            raise ConfigError(
-                f"an intermediate_size of {config.intermediate_size} is not supported for"
-                f" {config.architecture}; it must be a multiple of {_ACTIVATION_MULTIPLE}"
-            )
-        self._kernels = kernels
-        self._attention = attention
-        self._modules = _meta_model(config).model.layers
-        self._layout = ArenaLayout(
+    def __init__(
+        self, config: ModelConfig, kernels: Kernels, place_linear: PlaceLinear | None = None
+    ) -> None:
+        """Make the modules and the layout of an arena; nn.Linear stays without `place_linear`."""
+        model = _meta_model(config).model
+        self._modules, self._rotary = model.layers, model.rotary_emb
+        self._dtype = kernels.dtype
+        self._place_linear = place_linear
+        self.layout = ArenaLayout(
             [PartSpec(name, shape, (name,)) for name, shape in layer_shapes(config).items()],
             kernels,
         )
-
-    @property
-    def layout(self) -> ArenaLayout:
-        """The arena of a layer."""
-        return self._layout
-
-    def run(
-        self,
-        layers: Sequence[TransformersLayer],
-        start: int,
-        hidden: torch.Tensor,  # [num_tokens, hidden], overwritten with the result
-        batch: ForwardBatch,
-        cos: torch.Tensor,  # [num_tokens, head_dim] fp32, the halves equal
-        sin: torch.Tensor,  # [num_tokens, head_dim] fp32
-    ) -> None:
-        """Run neighbouring layers; writes the batch's KV."""
-        step = attention_batch(batch, cos, sin)
-        for layer in layers:
-            layer.forward(hidden, step)
 
     def make(
         self,
         layer: int,
         arena_address: int,
         kv_cache: torch.Tensor,  # [blocks, 2, block_size, num_kv_heads, head_dim]
-    ) -> TransformersLayer:
+        attention: PagedAttention[BatchT],
+    ) -> TransformersLayer[BatchT]:
         """Decoder layer `layer` on a filled arena."""
         module: nn.Module = self._modules[layer]
         self._place(module, "", arena_address)
-        return TransformersLayer(module, self._attention, kv_cache)
+        return TransformersLayer(module, attention, kv_cache, self._rotary_dtype())
 
     def _place(self, module: nn.Module, prefix: str, arena_address: int) -> None:
         """Give `module` and all below it parameters that lie in the arena."""
         for name, child in list(module.named_children()):
             path = f"{prefix}{name}."
-            if isinstance(child, nn.Linear):
-                setattr(module, name, self._packed_linear(child, path, arena_address))
+            if self._place_linear is not None and isinstance(child, nn.Linear):
+                setattr(module, name, self._place_linear(child, path, arena_address))
             else:
                 self._place(child, path, arena_address)
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            view = self._vector(f"{prefix}{name}", parameter, arena_address)
+        for name, _ in list(module.named_parameters(recurse=False)):
+            view = self.layout.view(arena_address, f"{prefix}{name}")
             setattr(module, name, nn.Parameter(view, requires_grad=False))
 
-    def _packed_linear(self, linear: nn.Linear, path: str, arena_address: int) -> PackedLinear:
-        bias = linear.bias
-        return PackedLinear(
-            self._kernels,
-            self._layout.address(arena_address, f"{path}weight"),
-            linear.out_features,
-            None if bias is None else self._vector(f"{path}bias", bias, arena_address),
-        )
+    def _rotary_dtype(self) -> torch.dtype:
+        """The type of cos and sin in transformers: that of hidden states, but fp32 in OLMo-2.
 
-    def _vector(self, name: str, like: torch.Tensor, arena_address: int) -> torch.Tensor:
-        return tensor_at(self._layout.address(arena_address, name), like.shape)
+        The model's own module says so. It cannot be asked on the meta device where frequencies
+        change with the prompt's length; `RotaryTable` has refused such a model by then.
+        """
+        hidden = torch.empty(1, 1, 1, dtype=self._dtype, device="meta")
+        cos, _ = self._rotary(hidden, torch.empty(1, 1, device="meta"))
+        dtype: torch.dtype = cos.dtype
+        return dtype
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
