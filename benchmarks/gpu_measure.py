@@ -80,8 +80,8 @@ def measure_decode(
     """Whole steps, from the batch on the host to its tokens there."""
     slices = _slices(runner, [(context - 1, 1)] * batch_size)
     rows = [SamplingRow(_GREEDY, context, (), ())] * batch_size
-    runner.run(slices, rows)
-    times = [_seconds(lambda: runner.run(slices, rows)) for _ in range(repetitions)]
+    runner.launch(slices, rows).result()
+    times = [_seconds(lambda: runner.launch(slices, rows).result()) for _ in range(repetitions)]
     kv_bytes = runner.kv_block_bytes // runner.block_size * runner.config.num_layers
     return DecodeFinding(
         batch_size,
@@ -97,8 +97,8 @@ def measure_prefill(
     """Whole steps, as above."""
     slices = _slices(runner, [(0, length)] * num_prompts)
     rows = [SamplingRow(_GREEDY, length, (), ())] * num_prompts
-    runner.run(slices, rows)
-    times = [_seconds(lambda: runner.run(slices, rows)) for _ in range(repetitions)]
+    runner.launch(slices, rows).result()
+    times = [_seconds(lambda: runner.launch(slices, rows).result()) for _ in range(repetitions)]
     config, tokens = runner.config, num_prompts * length
     head = config.vocab_size * config.hidden_size
     products = 2.0 * (tokens * (_num_weights(config) - head) + num_prompts * head)

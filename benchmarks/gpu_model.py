@@ -11,7 +11,8 @@ import torch
 from services.worker.kernels.torch_kernels import TorchKernels
 from services.worker.model.checkpoint import tensor_shapes
 from services.worker.model.config import ModelConfig
-from services.worker.model.runner import ModelRunner, RunnerConfig
+from services.worker.model.loading import RunnerConfig
+from services.worker.model.runner import ModelRunner
 
 _QWEN25: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],

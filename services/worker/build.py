@@ -29,8 +29,9 @@ from services.worker.facts import model_facts
 from services.worker.identity import ModelFacts
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.kernels.torch_kernels import TorchKernels
+from services.worker.model.loading import RunnerConfig
 from services.worker.model.profiler import profile_model
-from services.worker.model.runner import ModelRunner, RunnerConfig
+from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.member import GroupMember
 from services.worker.profile_cache import ProfileCache, profile_key
 from services.worker.settings import WorkerSettings
@@ -92,6 +93,7 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
             max_num_waiting_requests=settings.max_num_requests,
             watermark=settings.watermark,
             chunk_policy=settings.chunk_policy,
+            overlaps=runner.device.type != "cpu",  # which computes while this thread does not
         ),
         BlockManager(runner.num_blocks, runner.block_size),
         Route.of_replica(settings.worker_id, runner.config.num_layers),

@@ -1,37 +1,55 @@
 """One worker's engine: the scheduler decides, the model computes, the outcome becomes token items.
 
-Runs in the engine thread (`engine_thread.py`) and knows no bus. One `step` is one batch:
+Runs in the engine thread (`engine_thread.py`) and knows no bus. A step makes one batch:
 
-    schedule -> slices of tokens -> Model.run -> sampled tokens -> update_from_output -> TokenItems
-             \\-> Pipeline.submit .... later: finish(outcome) ------^
+    schedule -> slices of tokens -> Model.launch ... later: tokens -> update_from_output -> items
+             \\-> Pipeline.submit ...... later: finish(outcome) -----^
 
-A batch that fails (out of memory, a fault in a kernel) fails its requests and nothing else.
+A launched batch is a flight until its tokens are taken in. A model that computes at once lands in
+the same step. Else a step launches the next batch, where the scheduler makes one ahead, before it
+waits for the one before, so that the device never waits for the host (`engine/overlap.py`):
+
+    step 1: launch A    step 2: launch B, land A    step 3: launch C, land B    step 4: land C
+
+After each step one flight at most is left. Flights land in the order of their launches, also where
+a launch fails. A batch that fails (out of memory, a fault in a kernel) fails its requests and
+nothing else.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import suppress
+from typing import NamedTuple, Protocol
 
 import structlog
 
-from services.worker.batch_io import BatchOutcome, sampling_rows, sequence_slices
+from services.worker.batch_io import BatchOutcome, batch_input
 from services.worker.engine.outputs import SchedulerLoad, SchedulerOutput, StepResult
 from services.worker.engine.request import Request
 from services.worker.engine.routes import Route
 from services.worker.engine.scheduler import Scheduler
 from services.worker.model.batch import SequenceSlice
-from services.worker.model.sampler import SampledToken, SamplingRow
+from services.worker.model.pending import PendingTokens
+from services.worker.model.sampler import SamplingRow
 from shared.messages import FinishReason, GenerateStatus, TokenItem, TokenLogprobs
 
 
 class Model(Protocol):
     """What the engine needs of a model; `ModelRunner` is one."""
 
-    def run(
-        self, slices: Sequence[SequenceSlice], rows: Sequence[SamplingRow]
-    ) -> list[SampledToken]:
-        """Compute a batch; one token for each slice that wants one, in their order."""
+    def launch(
+        self,
+        slices: Sequence[SequenceSlice],
+        rows: Sequence[SamplingRow],
+        source: PendingTokens | None,
+    ) -> PendingTokens:
+        """Have a batch computed; one token for each slice that wants one, in their order.
+
+        Args:
+            source: the launch before, where slices or rows go on from a row of it.
+        """
         ...
 
 
@@ -43,6 +61,13 @@ class Pipeline(Protocol):
         ...
 
 
+class _Flight(NamedTuple):
+    """A launched batch whose tokens have not been taken in."""
+
+    output: SchedulerOutput
+    tokens: PendingTokens
+
+
 class EngineCore:
     """Scheduler and model of one worker. Not thread-safe."""
 
@@ -50,7 +75,8 @@ class EngineCore:
         self._scheduler = scheduler
         self._model = model
         self._pipelines: dict[str, Pipeline] = {}
-        self._made_batch = False
+        self._flights: deque[_Flight] = deque()  # oldest first
+        self._is_waiting = True
         self._log = structlog.get_logger(component="engine")
 
     @property
@@ -59,8 +85,13 @@ class EngineCore:
 
     @property
     def is_waiting(self) -> bool:
-        """True if the last step found nothing to do: everything is in flight, or there is none."""
-        return not self._made_batch
+        """True if the last step found nothing to do: all is in pipelines, or there is nothing."""
+        return self._is_waiting
+
+    @property
+    def is_computing(self) -> bool:
+        """True while a launched batch has not landed: it may still write KV here."""
+        return bool(self._flights)
 
     def load(self) -> SchedulerLoad:
         return self._scheduler.load()
@@ -86,6 +117,10 @@ class EngineCore:
 
     def lose_all(self) -> list[TokenItem]:
         """Forget all requests and batches; their routers replay them."""
+        for flight in self._flights:  # their blocks are about to belong to others
+            with suppress(Exception):
+                flight.tokens.result()
+        self._flights.clear()
         return [_lost_item(request) for request in self._scheduler.lose_all()]
 
     def lose_worker(self, worker_id: str) -> list[TokenItem]:
@@ -101,19 +136,17 @@ class EngineCore:
         self._scheduler.check_integrity()
 
     def step(self, now: float) -> list[TokenItem]:
-        """Compute one batch, or send one into its pipeline, if there is one."""
+        """Launch a batch or send one into its pipeline, if there is one, and land those before it.
+
+        Where there is none, wait for the one that is launched.
+        """
         output = self._scheduler.schedule(now)
-        self._made_batch = bool(output.scheduled)
-        if not output.scheduled:
-            return []
-        pipeline = self._pipelines.get(output.route.route_id)
-        if pipeline is None:
-            return self.finish(self._run(output))
-        try:
-            pipeline.submit(output)
-        except Exception as error:  # whatever it is, it must not take the other requests along
-            return self.finish(self._failed(output, error))
-        return []
+        num_left = 1 if output.scheduled else 0
+        self._is_waiting = not output.scheduled and not self._flights
+        items = self._start(output) if output.scheduled else []
+        while len(self._flights) > num_left or (self._flights and self._flights[0].tokens.is_ready):
+            items += self._land()
+        return items
 
     def finish(self, outcome: BatchOutcome) -> list[TokenItem]:
         """Take in what came of a batch."""
@@ -122,12 +155,37 @@ class EngineCore:
             self._scheduler.check_integrity()
         return items
 
-    def _run(self, output: SchedulerOutput) -> BatchOutcome:
+    def _start(self, output: SchedulerOutput) -> list[TokenItem]:
+        pipeline = self._pipelines.get(output.route.route_id)
         try:
-            tokens = self._model.run(sequence_slices(output), sampling_rows(output))
+            if pipeline is not None:
+                pipeline.submit(output)
+            else:
+                self._launch(output)
+        except Exception as error:  # whatever it is, it must not take the other requests along
+            failed = self._failed(output, error)
+            return [*self._land_all(), *self.finish(failed)]  # batches return in order
+        return []
+
+    def _launch(self, output: SchedulerOutput) -> None:
+        if self._flights:
+            before, source = self._flights[-1]
+            tokens = self._model.launch(*batch_input(output, before), source)
+        else:
+            tokens = self._model.launch(*batch_input(output), None)
+        self._flights.append(_Flight(output, tokens))
+
+    def _land_all(self) -> list[TokenItem]:
+        return [item for _ in range(len(self._flights)) for item in self._land()]
+
+    def _land(self) -> list[TokenItem]:
+        """Take in the oldest flight; waits for it."""
+        output, pending = self._flights.popleft()
+        try:
+            tokens = pending.result()
         except Exception as error:  # as above
-            return self._failed(output, error)
-        return BatchOutcome(output, tuple(tokens))
+            return self.finish(self._failed(output, error))
+        return self.finish(BatchOutcome(output, tuple(tokens)))
 
     def _failed(self, output: SchedulerOutput, error: Exception) -> BatchOutcome:
         self._log.exception("batch failed", requests=len(output.scheduled))

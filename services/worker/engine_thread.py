@@ -42,6 +42,9 @@ from shared.messages import TokenItem
 _IDLE_SECONDS = 1.0
 #: The same while KV waits for room on a link, layers are loaded, or old mappings are left.
 _BUSY_SECONDS = 0.001
+#: The same while the device computes tokens that another worker waits for: little next to a batch,
+#: and some percent of a core.
+_ANSWER_SECONDS = 0.0002
 #: Stale mappings that are taken away between two batches: less than a millisecond of work.
 _UNMAP_BYTES = 16 * 1024 * 1024
 
@@ -246,9 +249,13 @@ class EngineThread:
         began_at = time.monotonic()
         commands = self._take_commands(_wait_seconds(engine))
         self._woke_at = time.monotonic()
+        engine.runner.note_progress()
         if engine.member.is_grouped:
-            waited_seconds = self._woke_at - began_at
-            engine.runner.meter.waited(waited_seconds, leads_work=engine.core.has_work)
+            engine.runner.meter.waited(
+                self._woke_at - began_at,
+                leads_work=engine.core.has_work,
+                is_computing=engine.runner.activity.is_running,
+            )
         return commands
 
     def _take_commands(self, wait_seconds: float) -> list[Command]:
@@ -281,6 +288,8 @@ def _wait_seconds(engine: BuiltEngine) -> float:
     """How long to sleep if nothing arrives; whatever arrives ends it."""
     if not engine.core.is_waiting:
         return 0.0
+    if engine.member.owes_answers:
+        return _ANSWER_SECONDS
     is_busy = engine.member.is_busy or engine.runner.pool.stale_bytes > 0
     return _BUSY_SECONDS if is_busy else _IDLE_SECONDS
 

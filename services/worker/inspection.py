@@ -21,7 +21,7 @@ class EngineInspection:
     Attributes:
         fault: where the books do not agree; empty if they do.
         requests: unfinished requests of its own scheduler.
-        batches_in_flight: batches in pipelines that it leads.
+        batches_in_flight: batches in pipelines that it leads, or launched here.
         blocks_total, blocks_used: of its pool, whoever uses them.
         blocks_granted: that other leaders may book here, those in use included.
         keys_held: requests of other leaders with blocks here.

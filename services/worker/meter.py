@@ -59,9 +59,16 @@ class EngineMeter:
         self._timings.clear()
         return MeterReading(self._busy, self._bubble, timings)
 
-    def waited(self, seconds: float, *, leads_work: bool) -> None:
-        """A stage had nothing to do. `leads_work`: it is a leader that has requests."""
-        if leads_work:
+    def waited(self, seconds: float, *, leads_work: bool, is_computing: bool = False) -> None:
+        """A stage's thread had nothing to do.
+
+        Args:
+            leads_work: it is a leader that has requests.
+            is_computing: its device had: then the stage did not wait.
+        """
+        if is_computing:
+            self._busy += seconds
+        elif leads_work:
             self._bubble += seconds
         else:
             self._gap += seconds

@@ -16,9 +16,14 @@ _IDLE_BATCHES = 2.0
 
 
 class BatchActivity:
-    """Whether batches run on a worker, by when the last one ended and how long it took."""
+    """Whether batches run on a worker, by when the last one ended and how long it took.
+
+    Attributes:
+        is_running: one is being computed right now, by a device that goes on by itself.
+    """
 
     def __init__(self) -> None:
+        self.is_running = False
         self._ended_at = float("-inf")
         self._seconds = 0.0
 
@@ -28,8 +33,8 @@ class BatchActivity:
         self._seconds = seconds
 
     def is_idle(self, now: float) -> bool:
-        """True if no batch has run lately."""
-        return now - self._ended_at > _IDLE_BATCHES * self._seconds
+        """True if no batch runs, or has run lately."""
+        return not self.is_running and now - self._ended_at > _IDLE_BATCHES * self._seconds
 
 
 class WorkPacer:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from services.worker.kernels.torch_kernels import TorchKernels
 from services.worker.memory.factory import make_memory
 from services.worker.memory.pool import MemoryPool
 from services.worker.memory.tensors import tensor_at
-from services.worker.model.runner import ModelRunner, RunnerConfig
+from services.worker.model.batch import UNKNOWN_TOKEN, SequenceSlice
+from services.worker.model.loading import RunnerConfig
+from services.worker.model.runner import ModelRunner
 from services.worker.model.sampler import SamplingRow
 from shared.layout import Span
 from shared.sampling import SamplingParams
@@ -31,6 +34,7 @@ from tests.unit.model.model_helpers import (
     random_tokens,
 )
 from tests.unit.model.request_helpers import greedy_reference, make_request, run_engine
+from tests.unit.model.test_overlap import SAMPLINGS, serve
 
 pytestmark = pytest.mark.gpu
 
@@ -90,6 +94,42 @@ def test_tokens_are_those_of_transformers(name: str, tiny_models: TinyModels) ->
         assert run.tokens[request.request_id][: len(expected)] == expected
 
 
+@pytest.mark.parametrize("num_blocks", [64, 8])
+def test_steps_that_overlap_give_the_same_tokens(tiny_models: TinyModels, num_blocks: int) -> None:
+    """Also where requests are preempted; rounding depends on the batch, so only the first few."""
+    with open_gpu_runner(tiny_models, "llama") as runner:
+        overlapped = serve(runner, num_blocks, overlaps=True)
+        waiting = serve(runner, num_blocks, overlaps=False)
+    assert overlapped.num_ahead > 20
+    for name, expected in waiting.tokens.items():
+        assert overlapped.tokens[name][:4] == expected[:4]
+
+
+def test_a_launch_waits_for_nothing(tiny_models: TinyModels) -> None:
+    """Whatever is sampled how, with graphs or without, and going on from an unknown token."""
+    params = [
+        SamplingParams.model_validate({**sampling, "logit_bias": {3: 1.0}})
+        for sampling in SAMPLINGS
+    ]
+    blocks = [[4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3] for i in range(len(params))]
+    prompts = [SequenceSlice(PROMPTS[0], 0, table, True) for table in blocks]
+    decodes = [
+        SequenceSlice([UNKNOWN_TOKEN], len(PROMPTS[0]), table, True, source_row=row)
+        for row, table in enumerate(blocks)
+    ]
+    first = [SamplingRow(one, len(PROMPTS[0]), PROMPTS[0], (), (7,)) for one in params]
+    then = [replace(row, position=row.position + 1, source_row=i) for i, row in enumerate(first)]
+    with open_gpu_runner(tiny_models, "llama") as runner:
+        for mode in ("default", "default", "error"):  # compile and capture before
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                pending = runner.launch(prompts, first)
+                pending = runner.launch(decodes, then, pending)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert len(pending.result()) == len(params)
+
+
 @pytest.mark.parametrize("name", ["llama", *OTHERS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close_to_transformers(
@@ -117,7 +157,7 @@ def test_two_stages_on_one_gpu_compute_what_one_computes(tiny_models: TinyModels
         batch = first.make_batch([sequence])
         hidden = second.forward(batch, first.forward(batch, first.embed(batch), front), back)
         row = SamplingRow(SamplingParams(temperature=0.0), len(PROMPTS[2]), (), ())
-        [in_two] = second.sample(hidden, batch, [row])
+        [in_two] = second.sample(hidden, batch, [row]).result()
     assert in_two.token_id == expected.argmax().item()
 
 

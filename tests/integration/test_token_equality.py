@@ -19,7 +19,8 @@ import torch
 from services.router.tokenizer import load_tokenizer
 from services.worker.engine.request import Request
 from services.worker.kernels.cpu import CpuKernels
-from services.worker.model.runner import ModelRunner, RunnerConfig
+from services.worker.model.loading import RunnerConfig
+from services.worker.model.runner import ModelRunner
 from shared.cache_dir import default_cache_dir
 from shared.models import ProgressReporter, resolve_model
 from tests.tiny_models import load_reference
@@ -113,7 +114,8 @@ import sys
 from pathlib import Path
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.model.batch import SequenceSlice
-from services.worker.model.runner import ModelRunner, RunnerConfig
+from services.worker.model.loading import RunnerConfig
+from services.worker.model.runner import ModelRunner
 from services.worker.model.sampler import SamplingRow
 from shared.sampling import SamplingParams
 
@@ -130,9 +132,9 @@ runner = ModelRunner.load(RunnerConfig(directory, budget, chunk, num_tokens, Non
 blocks = list(range(runner.num_blocks))
 row = SamplingRow(SamplingParams(temperature=0.7, top_p=0.9), 0, [], [])
 for start in range(0, runner.num_blocks * runner.block_size - num_tokens + 1, num_tokens):
-    runner.run([SequenceSlice([5] * num_tokens, start, blocks, True)], [row])
+    runner.launch([SequenceSlice([5] * num_tokens, start, blocks, True)], [row]).result()
 decodes = [SequenceSlice([5], 16 * i, blocks[i:] + blocks[:i], True) for i in range(32)]
-runner.run(decodes, [row] * len(decodes))
+runner.launch(decodes, [row] * len(decodes)).result()
 report()
 """
 

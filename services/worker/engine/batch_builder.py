@@ -16,21 +16,24 @@ oldest running request, which therefore finishes; then the next is the oldest. A
 no younger one can give way waits with its blocks for the next batch: that wastes no computed token.
 Parked requests do not run, so they give way at any age, if nobody else can: each only once.
 A step that preempts admits nobody, preempted requests resume before new ones start, and they must
-leave the larger `recovery_watermark` free.
+leave the larger `recovery_watermark` free. A batch that is made while another one is computed never
+preempts (`overlap.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 
 from services.worker.engine.config import SchedulerConfig
 from services.worker.engine.cost_model import ChunkShape
 from services.worker.engine.exchange import exchange_order
+from services.worker.engine.lanes import Lane
 from services.worker.engine.outputs import ScheduledRequest, SchedulerOutput
-from services.worker.engine.pacing import DecodeShare, PrefillPacer
+from services.worker.engine.overlap import have_room, may_follow
+from services.worker.engine.pacing import DecodeShare
 from services.worker.engine.request import Request, RequestStatus
 from services.worker.engine.request_pool import RequestPool
-from services.worker.engine.routes import Route
 
 
 class BatchBuilder:
@@ -41,22 +44,25 @@ class BatchBuilder:
         preempted: requests that lost their blocks for it.
     """
 
-    def __init__(
-        self, config: SchedulerConfig, pool: RequestPool, route: Route, pacer: PrefillPacer
-    ) -> None:
+    def __init__(self, config: SchedulerConfig, pool: RequestPool, lane: Lane) -> None:
         self.scheduled: list[ScheduledRequest] = []
         self.preempted: list[Request] = []
         self._config = config
         self._pool = pool
-        self._route = route
-        self._pacer = pacer
+        self._route = route = lane.route
+        self._pacer = lane.pacer
+        self._is_ahead = lane.is_ahead
         self._budget = config.max_num_batched_tokens
         self._prefill_cost = 0.0
         self._members = [r for r in pool.running if r.route is route or r.route == route]
 
     def build(self, now: float, *, admits_new: bool) -> None:
         """Run the three passes. Without `admits_new`, only preempted requests get seats."""
-        decode_cost = self._schedule_decodes()
+        decodes = [request for request in self._members if request.num_unscheduled_tokens < 2]
+        ready = [request for request in decodes if self._is_ready(request)]
+        if self._is_ahead and not have_room(ready, self._pool.blocks, self._route):
+            return
+        decode_cost = self._schedule_decodes(decodes, ready)
         num_decodes = len(self.scheduled)
         if self._pacer.needs_round:
             self._pacer.begin_round(self._queued_prefill(admits_new))
@@ -76,14 +82,15 @@ class BatchBuilder:
 
     # --- the passes ------------------------------------------------------------------------------
 
-    def _schedule_decodes(self) -> float:
+    def _schedule_decodes(self, decodes: Sequence[Request], ready: Sequence[Request]) -> float:
         """First pass; whoever gets no block for its next token is left for a later batch.
+
+        Args:
+            decodes: all requests that decode on the route; `ready` are those it may contain.
 
         Returns the cost of those that are in the batch.
         """
-        decodes = [r for r in self._members if r.num_uncomputed_tokens - r.num_scheduled_tokens < 2]
         share = DecodeShare(decodes, self._route.num_stages, self._pacer.model)
-        ready = [request for request in decodes if self._is_ready(request)]
         for request in share.in_turn(ready):
             if self._budget == 0 or share.is_taken:
                 break
@@ -96,7 +103,7 @@ class BatchBuilder:
     def _schedule_prefills(self) -> None:
         """Second pass."""
         for request in self._members:
-            if request.num_uncomputed_tokens > 1 and self._is_ready(request):
+            if request.num_unscheduled_tokens > 1 and self._is_ready(request):
                 if self._is_full:
                     return
                 self._take_prefill(request)
@@ -147,11 +154,7 @@ class BatchBuilder:
 
     def _queued_prefill(self, admits_new: bool) -> list[ChunkShape]:
         """What is left to prefill of those that have blocks, and of those that could get some."""
-        work = []
-        for request in self._members:
-            start = request.num_computed_tokens + request.num_scheduled_tokens
-            if request.num_tokens - start > 1:
-                work.append(ChunkShape(start, request.num_tokens - start))
+        work = [_rest(request) for request in self._members if request.num_unscheduled_tokens > 1]
         if self._route != self._pool.route:
             return work
         blocks = self._pool.blocks
@@ -165,13 +168,17 @@ class BatchBuilder:
 
     def _is_ready(self, request: Request) -> bool:
         """True for a request of this route that the batch may contain."""
-        return request.status is RequestStatus.RUNNING and not request.is_in_flight
+        if request.status is not RequestStatus.RUNNING:
+            return False
+        if self._is_ahead:
+            return may_follow(request, self._config.max_model_len)
+        return not request.is_in_flight
 
     # --- blocks ----------------------------------------------------------------------------------
 
     def _make_room(self, request: Request) -> bool:
         """Get the blocks for the next token of `request`, from others if there are none free."""
-        blocks, num_tokens = self._pool.blocks, request.num_tokens
+        blocks, num_tokens = self._pool.blocks, request.num_expected_tokens
         while not blocks.allocate(request, self._route, num_tokens):
             victim = self._choose_victim(request)
             if victim is None:
@@ -208,16 +215,22 @@ class BatchBuilder:
 
     def _take_prefill(self, request: Request) -> None:
         """Put a chunk of `request` into the batch, as large as tokens and time allow."""
-        chunk = ChunkShape(request.num_computed_tokens, request.num_uncomputed_tokens)
+        chunk = _rest(request)
         num_tokens = min(self._budget, self._pacer.chunk_tokens(chunk, self._prefill_cost))
         taken = ChunkShape(chunk.num_prefix_tokens, num_tokens)
         self._prefill_cost -= self._pacer.model.marginal_cost(taken)
         self._take(request, num_tokens)
 
     def _take(self, request: Request, num_tokens: int) -> None:
-        wants_token = num_tokens == request.num_uncomputed_tokens
-        self._budget -= num_tokens
-        request.num_scheduled_tokens = num_tokens
+        wants_token = num_tokens == request.num_unscheduled_tokens
         self.scheduled.append(
-            ScheduledRequest(request, request.num_computed_tokens, num_tokens, wants_token)
+            ScheduledRequest(request, request.num_taken_tokens, num_tokens, wants_token)
         )
+        self._budget -= num_tokens
+        request.num_scheduled_tokens += num_tokens
+        request.num_pending_tokens += wants_token
+
+
+def _rest(request: Request) -> ChunkShape:
+    """All that no batch has taken of a request."""
+    return ChunkShape(request.num_taken_tokens, request.num_unscheduled_tokens)

@@ -37,6 +37,7 @@ class SchedulerConfig:
         chunk_policy: how prefill is cut on a pipeline; one worker alone cuts by token count.
         min_prefill_tokens: on a pipeline, batches have at least this many tokens of prefill on
             average, if so many are queued; fewer would not use the device well.
+        overlaps: on a route of one stage, make a batch while the one before it is computed.
     """
 
     max_num_batched_tokens: int
@@ -48,6 +49,7 @@ class SchedulerConfig:
     recovery_watermark: float = 0.1
     chunk_policy: ChunkPolicy = ChunkPolicy.LOOKAHEAD
     min_prefill_tokens: int = 64
+    overlaps: bool = False
 
     def __post_init__(self) -> None:
         """Raise ConfigError for limits under which requests could not make progress."""

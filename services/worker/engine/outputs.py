@@ -12,7 +12,10 @@ from shared.messages import FinishReason, GenerateStatus
 
 
 class ScheduledRequest(NamedTuple):
-    """Compute the tokens `[num_computed_tokens, num_computed_tokens + num_scheduled_tokens)`."""
+    """Compute the tokens `[num_computed_tokens, num_computed_tokens + num_scheduled_tokens)`.
+
+    Those before are computed when its turn comes, by a batch in flight if need be.
+    """
 
     request: Request
     num_computed_tokens: int

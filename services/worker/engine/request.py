@@ -14,6 +14,15 @@ goes stale when it is preempted or replayed.
 Invariant: `0 <= num_computed_tokens <= num_tokens`, and the blocks cover the computed tokens. A
 running request that waits for nothing but its next token has `num_computed_tokens + 1 ==
 num_tokens`.
+
+Tokens in batches in flight are counted, so that the next batch can be made before they return (see
+`overlap.py`). A pending token is one that such a batch samples: it will be there, but nobody here
+knows it. Of a request that decodes, with its token t8 in flight:
+
+    tokens  | t0 ............ t7 | t8 | ?? |
+            [0 .............. 8)                num_computed_tokens
+            [0 ................... 9)           num_tokens, and num_taken_tokens
+            [0 ........................ 10)     num_expected_tokens: one is pending, and unscheduled
 """
 
 from __future__ import annotations
@@ -39,7 +48,7 @@ class RequestStatus(Enum):
     PREEMPTED = auto()  # gave its KV away; recomputes from its tokens when it resumes
     PARKED = auto()  # its KV is complete, but not where its next route needs it; waits for its turn
     EXCHANGING = auto()  # its KV travels; the blocks for it are there on every stage
-    CANCELLING = auto()  # cancelled while a batch in flight still writes its blocks
+    ENDING = auto()  # its end is decided, but a batch in flight still writes its blocks
     FINISHED_STOPPED = auto()
     FINISHED_LENGTH = auto()
     FINISHED_ABORTED = auto()
@@ -59,7 +68,7 @@ TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
     | {
         RequestStatus.PREEMPTED,
         RequestStatus.PARKED,
-        RequestStatus.CANCELLING,
+        RequestStatus.ENDING,
         RequestStatus.FINISHED_STOPPED,
         RequestStatus.FINISHED_LENGTH,
     },
@@ -67,7 +76,7 @@ TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
     RequestStatus.PARKED: _ENDED_FROM_OUTSIDE | {RequestStatus.EXCHANGING, RequestStatus.PREEMPTED},
     RequestStatus.EXCHANGING: _ENDED_FROM_OUTSIDE
     | {RequestStatus.RUNNING, RequestStatus.PREEMPTED, RequestStatus.PARKED},
-    RequestStatus.CANCELLING: frozenset({RequestStatus.FINISHED_ABORTED}),
+    RequestStatus.ENDING: _ENDED_FROM_OUTSIDE | {RequestStatus.FINISHED_STOPPED},
     RequestStatus.FINISHED_STOPPED: frozenset(),
     RequestStatus.FINISHED_LENGTH: frozenset(),
     RequestStatus.FINISHED_ABORTED: frozenset(),
@@ -106,10 +115,12 @@ class Request:
         block_table: ids of this worker's blocks in token order; only ever appended to while the
             request runs; empty if no KV of it is here.
         num_computed_tokens: leading tokens whose KV is in the cache. Advances when a batch returns.
-        num_scheduled_tokens: tokens of it in the batch now in flight; 0 when it is in none.
+        num_scheduled_tokens: tokens of it in batches in flight; 0 when it is in none.
+        num_pending_tokens: tokens that batches in flight sample.
         num_preemptions: how often it had to give its KV away.
         last_step: the last batch it was in.
         first_scheduled_seconds: when it first entered a batch.
+        outcome: how it ends, once that is decided.
     """
 
     request_id: str
@@ -125,9 +136,11 @@ class Request:
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
+    num_pending_tokens: int = 0
     num_preemptions: int = 0
     last_step: int = 0
     first_scheduled_seconds: float | None = None
+    outcome: RequestStatus | None = None
 
     @property
     def key(self) -> RequestKey:
@@ -155,9 +168,19 @@ class Request:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
-    def num_uncomputed_tokens(self) -> int:
-        """Tokens the KV cache does not hold yet; 1 for a request that decodes."""
-        return self.num_tokens - self.num_computed_tokens
+    def num_taken_tokens(self) -> int:
+        """Leading tokens that are computed, or will be when all batches in flight have returned."""
+        return self.num_computed_tokens + self.num_scheduled_tokens
+
+    @property
+    def num_expected_tokens(self) -> int:
+        """Prompt and output tokens there will be when all batches in flight have returned."""
+        return self.num_tokens + self.num_pending_tokens
+
+    @property
+    def num_unscheduled_tokens(self) -> int:
+        """Tokens that no batch has taken yet; 1 for a request that decodes."""
+        return self.num_expected_tokens - self.num_taken_tokens
 
     @property
     def is_in_flight(self) -> bool:

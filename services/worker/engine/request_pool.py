@@ -3,11 +3,14 @@
 Every change of state that takes or returns blocks is one method here, so that status, queue and
 blocks cannot disagree. Policy (who, when) belongs to the batch builder and to `Relocation`.
 
-    waiting ---admit--> running ---finish--> gone        (finish, preempt: from any state)
+    waiting ---admit--> running ---end--> gone           (end, preempt: from any state)
                  ^       |   |
               admit  preempt park ---> parked ---begin_exchange---> exchanging
                  |       v            (KV elsewhere)              (travels) ---resume--> running
                preempted
+
+No block leaves a request that is in flight, because a batch still writes to it: whoever tries is
+refused, and who ends in flight is only `ENDING` until its last batch has returned.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ _FINISHED_AS = {
 
 
 class RequestPool:
-    """Requests by state; those being cancelled count as running.
+    """Requests by state; those that are ending count as running.
 
     Attributes:
         route: where requests without KV are admitted.
@@ -53,7 +56,7 @@ class RequestPool:
             RequestStatus.WAITING: self.waiting,
             RequestStatus.PREEMPTED: self.preempted,
             RequestStatus.RUNNING: self.running,
-            RequestStatus.CANCELLING: self.running,
+            RequestStatus.ENDING: self.running,
             RequestStatus.PARKED: self.parked,
             RequestStatus.EXCHANGING: self.exchanging,
         }
@@ -92,6 +95,7 @@ class RequestPool:
 
     def preempt(self, request: Request) -> None:
         """Take a request's seat and blocks on every stage; it computes its tokens again later."""
+        _check_rests(request)
         self.blocks.free(request)
         request.num_computed_tokens = 0
         request.num_preemptions += 1
@@ -100,12 +104,19 @@ class RequestPool:
         self._exchanges.pop(request.key, None)
         self._move(request, RequestStatus.PREEMPTED)
 
-    def finish(self, request: Request, reason: FinishReason) -> None:
-        """Forget a request and free its blocks on every stage; it must not be in flight."""
-        self.blocks.free(request)
-        request.route = None
-        self._remove(request)
-        request.transition(_FINISHED_AS[reason])
+    def end(self, request: Request, reason: FinishReason) -> None:
+        """Forget a request and free its blocks on every stage; the first reason counts.
+
+        While it is in flight that is only decided: to be called again when its batch has returned.
+        """
+        request.outcome = request.outcome or _FINISHED_AS[reason]
+        if not request.is_in_flight:
+            self.blocks.free(request)
+            request.route = None
+            self._remove(request)
+            request.transition(request.outcome)
+        elif request.status is not RequestStatus.ENDING:
+            request.transition(RequestStatus.ENDING)
 
     # --- requests whose KV travels ---------------------------------------------------------------
 
@@ -114,6 +125,7 @@ class RequestPool:
 
         It keeps the blocks of its computed tokens. If there are none it is preempted instead.
         """
+        _check_rests(request)
         if request.num_computed_tokens == 0:
             self.preempt(request)
             return
@@ -154,6 +166,7 @@ class RequestPool:
 
     def hand_over(self, request: Request) -> None:
         """Forget a request that another worker's scheduler takes over; its KV stays."""
+        _check_rests(request)
         self.blocks.hand_over(request)
         self._remove(request)
 
@@ -185,3 +198,9 @@ class RequestPool:
         self._queues[request.status].remove(request)
         request.transition(status)
         self._queues[status].add(request)
+
+
+def _check_rests(request: Request) -> None:
+    """Raise BlockIntegrityError if a batch in flight writes the blocks of `request`."""
+    if request.is_in_flight:
+        raise BlockIntegrityError(f"request {request.request_id} is in flight")

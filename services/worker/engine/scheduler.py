@@ -14,11 +14,12 @@ How a batch is filled, who is admitted and who must give way is told in `batch_b
 requests change their route, in `relocation.py`.
 
 A batch is made for one route. As many batches of a route may be in flight as it has stages; a
-request is in at most one of them. Where requests of several routes are here, as during a restore,
-the route that has waited longest for a batch is served first.
+request is in at most one of them. With one stage there may be a second batch, which may contain the
+requests of the first (`overlap.py`). Where requests of several routes are here, as during a
+restore, the route that has waited longest for a batch is served first.
 `num_computed_tokens` advances when the batch returns, not when it is scheduled: then it always says
 what the KV cache holds, and a batch that failed leaves nothing to roll back. Blocks of a request in
-flight are freed when its batch returns, never earlier, because the batch still writes to them.
+flight are freed when its last batch returns, never earlier, because the batch still writes to them.
 """
 
 from __future__ import annotations
@@ -149,16 +150,13 @@ class Scheduler:
     def cancel(self, request_id: str, attempt: int) -> bool:
         """End a request that nobody wants any more; no StepResult will mention it again.
 
-        Its blocks are free on return, or, while a batch in flight contains it, as soon as that
-        batch returns. Returns False for a request that is not here.
+        Its blocks are free on return, or, while batches in flight contain it, as soon as the last
+        of them returns. Returns False for a request that is not here.
         """
         request = self._pool.requests.get(RequestKey(request_id, attempt))
         if request is None:
             return False
-        if not request.is_in_flight:
-            self._pool.finish(request, FinishReason.ABORT)
-        elif request.status is RequestStatus.RUNNING:
-            request.transition(RequestStatus.CANCELLING)
+        self._pool.end(request, FinishReason.ABORT)
         return True
 
     def pause(self, state: PauseState) -> None:
@@ -198,7 +196,7 @@ class Scheduler:
         self._lanes.lose(worker_id)
         requests = self._pool.requests.values()
         lost = [r for r in requests if r.route is not None and worker_id in r.route.worker_ids]
-        wanted = self._abandon(lost)
+        wanted = self._end(lost)
         for exchange in list(self._pool.exchanges.values()):
             if worker_id in exchange.target.worker_ids:
                 self.relocation.give_up(exchange.request)
@@ -211,16 +209,13 @@ class Scheduler:
         Returns those that somebody still wants.
         """
         self._lanes.lose()
-        return self._abandon(list(self._pool.requests.values()))
+        return self._end(list(self._pool.requests.values()))
 
-    def _abandon(self, requests: Sequence[Request]) -> list[Request]:
-        wanted = []
+    def _end(self, requests: Sequence[Request]) -> list[Request]:
+        """End requests that nobody can go on with; returns those that somebody still wants."""
+        wanted = [request for request in requests if request.status is not RequestStatus.ENDING]
         for request in requests:
-            if request.status is RequestStatus.CANCELLING:
-                self._pool.finish(request, FinishReason.ABORT)
-            else:
-                self._pool.finish(request, FinishReason.ERROR)
-                wanted.append(request)
+            self._pool.end(request, FinishReason.ERROR)
         return wanted
 
     # --- a step ----------------------------------------------------------------------------------
@@ -234,7 +229,7 @@ class Scheduler:
         if self._pause_state is PauseState.STOPPED:
             return SchedulerOutput(0, ())
         for lane in self._lanes.by_turn(self._pool):
-            builder = BatchBuilder(self._config, self._pool, lane.route, lane.pacer)
+            builder = BatchBuilder(self._config, self._pool, lane)
             builder.build(now, admits_new=self._pause_state is PauseState.RUNNING)
             if builder.scheduled:
                 self._step += 1
@@ -248,14 +243,13 @@ class Scheduler:
     def update_from_output(
         self, output: SchedulerOutput, sampled_token_ids: Sequence[int]
     ) -> list[StepResult]:
-        """Take in the result of a batch; batches may return in any order.
+        """Take in the result of a batch; with several stages they may return in any order.
 
         Args:
             sampled_token_ids: one token for each of `output.sampled_requests`, in that order.
 
         Returns:
-            One result per request that got a token and was not cancelled meanwhile, in the
-            batch's order.
+            One result per request that got a token and had not ended before, in the batch's order.
         """
         if len(sampled_token_ids) != len(output.sampled_requests):
             raise ValueError(
@@ -268,8 +262,8 @@ class Scheduler:
         for item in output.scheduled:
             request = item.request
             token_id = next(tokens) if item.wants_token else None
-            if request.status is RequestStatus.CANCELLING:
-                self._pool.finish(request, FinishReason.ABORT)
+            if request.status is RequestStatus.ENDING:
+                self._pool.end(request, FinishReason.ABORT)
                 continue
             request.num_computed_tokens += item.num_scheduled_tokens
             if token_id is not None:
@@ -283,23 +277,16 @@ class Scheduler:
             error: a sentence for the clients.
         """
         self._lanes.returned(output)
-        results = []
-        for item in output.scheduled:
-            request = item.request
-            if request.status is RequestStatus.CANCELLING:
-                self._pool.finish(request, FinishReason.ABORT)
-                continue
-            self._pool.finish(request, FinishReason.ERROR)
-            results.append(
-                StepResult(request, request.num_output_tokens, (), FinishReason.ERROR, error=error)
-            )
-        return results
+        return [
+            StepResult(request, request.num_output_tokens, (), FinishReason.ERROR, error=error)
+            for request in self._end([item.request for item in output.scheduled])
+        ]
 
     def _append_token(self, request: Request, token_id: int) -> StepResult:
         index = request.num_output_tokens
         request.output_token_ids.append(token_id)
         reason = finish_reason(request, self._config.max_model_len)
         if reason is not None:
-            self._pool.finish(request, reason)
+            self._pool.end(request, reason)
         stop_token_id = token_id if reason is FinishReason.STOP else None
         return StepResult(request, index, (token_id,), reason, stop_token_id)

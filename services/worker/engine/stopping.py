@@ -24,17 +24,25 @@ def finish_reason(request: Request, max_model_len: int) -> FinishReason | None:
         and is_stop_token(request, request.output_token_ids[-1])
     ):
         return FinishReason.STOP
-    if request.num_output_tokens >= request.sampling.max_tokens:
-        return FinishReason.LENGTH
-    if request.num_tokens >= max_model_len:
+    if reaches_limit(request, request.num_tokens, max_model_len):
         return FinishReason.LENGTH
     return None
 
 
-def forbidden_token_ids(request: Request) -> tuple[int, ...]:
-    """Tokens the sampler must not draw next: those that would stop it before `min_tokens`."""
+def reaches_limit(request: Request, num_tokens: int, max_model_len: int) -> bool:
+    """True if a request gets no more tokens once it has `num_tokens`, whatever they are."""
+    num_output_tokens = num_tokens - request.num_prompt_tokens
+    return num_output_tokens >= request.sampling.max_tokens or num_tokens >= max_model_len
+
+
+def forbidden_token_ids(request: Request, position: int) -> tuple[int, ...]:
+    """Tokens the sampler must not draw: those that would stop the request before `min_tokens`.
+
+    Args:
+        position: of the token to draw, in prompt and output.
+    """
     sampling = request.sampling
-    if request.num_output_tokens >= sampling.min_tokens:
+    if position - request.num_prompt_tokens >= sampling.min_tokens:
         return ()
     eos_token_ids: frozenset[int] = frozenset() if sampling.ignore_eos else request.eos_token_ids
     return tuple(sorted(eos_token_ids.union(sampling.stop_token_ids)))

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
 
 from services.worker.engine.cost_model import ChunkShape, CostSample, fit_cost_model
 from services.worker.engine.profile import LinearCost, ModelProfile
@@ -108,6 +111,15 @@ def _embed(runner: ModelRunner, batch: ForwardBatch) -> None:
     runner.synchronize()
 
 
+def _sample(
+    runner: ModelRunner,
+    hidden: torch.Tensor,  # [num_tokens, hidden_size]
+    batch: ForwardBatch,
+    rows: Sequence[SamplingRow],
+) -> None:
+    runner.sample(hidden, batch, rows).result()
+
+
 def _measure_ends(
     runner: ModelRunner, max_num_batched_tokens: int
 ) -> tuple[LinearCost, LinearCost]:
@@ -119,10 +131,7 @@ def _measure_ends(
         batch = _batch([ChunkShape(0, 1)] * num_rows, runner)
         hidden = runner.embed(batch)
         rows = [SamplingRow(params, 1, (0,), ())] * num_rows
-        runs.append(lambda batch=batch: _embed(runner, batch))  # type: ignore[misc]
-        runs.append(
-            lambda hidden=hidden, batch=batch, rows=rows: runner.sample(hidden, batch, rows)  # type: ignore[misc]
-        )
+        runs += [partial(_embed, runner, batch), partial(_sample, runner, hidden, batch, rows)]
     few_embedding, few_head, many_embedding, many_head = _fastest(runs)
     return (
         LinearCost.through((_FEW_ROWS, few_embedding), (many, many_embedding)),

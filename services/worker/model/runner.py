@@ -1,15 +1,13 @@
 """The model of a worker as the engine uses it: load once, then compute batch after batch.
 
-Start-up, in this order: check that the budget holds the weights and a smallest KV cache, before
-anything is loaded; load the weights; give all that is left to the KV cache.
+    launch   slices, rows --> a batch on the device --> layers --> logits --> tokens, pending
+
+Nothing here waits for a device that computes by itself. Layers come and go between two launches.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 import torch
@@ -19,34 +17,25 @@ from services.worker.engine.profile import ModelProfile
 from services.worker.kernels.base import Kernels
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.kernels.torch_kernels import TorchKernels
-from services.worker.memory.factory import make_memory
-from services.worker.memory.pool import MemoryPool
 from services.worker.memory.sizing import most_blocks
 from services.worker.meter import EngineMeter
 from services.worker.model.arena_source import ArenaSource
 from services.worker.model.batch import ForwardBatch, SequenceSlice, make_batch
 from services.worker.model.checkpoint import Checkpoint, WeightSource
-from services.worker.model.device_sampler import sample_on_device
-from services.worker.model.layers.factory import make_decoder_layers
-from services.worker.model.plan import ModelPlan, PartBytes
-from services.worker.model.sampler import SampledToken, SamplingRow, sample
+from services.worker.model.loading import LoadedModel, RunnerConfig, load_model
+from services.worker.model.pending import PendingTokens
+from services.worker.model.plan import PartBytes
+from services.worker.model.queues.base import DeviceQueue
+from services.worker.model.queues.factory import make_queue
+from services.worker.model.run_times import RunTimes
+from services.worker.model.sampler import SamplingRow
+from services.worker.model.samplers import make_sampler
 from services.worker.model.stage import Stage
 from services.worker.work_pacer import BatchActivity
 from shared.layout import Span
 
 #: Rows of logits that are in memory at once; enough to be bound by arithmetic.
 _LOGITS_ROWS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerConfig:
-    """What the runner needs of the worker's settings."""
-
-    model_dir: Path
-    memory_bytes: int
-    chunk_bytes: int
-    max_num_batched_tokens: int
-    max_model_len: int | None
 
 
 class ModelRunner:
@@ -57,36 +46,47 @@ class ModelRunner:
 
     def __init__(
         self,
-        plan: ModelPlan,
-        stage: Stage,
-        pool: MemoryPool,
+        model: LoadedModel,
         kernels: Kernels,
+        queue: DeviceQueue,
         max_model_len: int | None,
     ) -> None:
-        """Take a loaded stage whose KV cache has its size; `max_model_len` restricts it further."""
-        self.pool = pool
+        """Take a loaded model whose KV cache has its size; `max_model_len` restricts it further."""
+        plan = model.plan
+        self.pool = model.pool
         self.config = plan.config
         self._plan = plan
-        self._stage = stage
-        self._span = stage.span
+        self._stage = model.stage
+        self._span = model.stage.span
         self._kernels = kernels
-        self._sample = sample if kernels.device.type == "cpu" else sample_on_device
+        self._queue = queue
+        self._sampler = make_sampler(queue, plan.config.vocab_size)
         limit = min(max_model_len or self.config.max_model_len, self.config.max_model_len)
         #: Prompt plus output tokens of the longest request; stays when the KV cache grows.
         self.max_model_len = min(limit, self.num_blocks * self.block_size)
         self.meter = EngineMeter()
         self.activity = BatchActivity()
+        self._times = RunTimes(queue, self.meter, self.activity)
         #: What batches cost here, once it is measured.
         self.profile: ModelProfile | None = None
 
     @classmethod
-    def load(cls, runner_config: RunnerConfig, kernels: CpuKernels | TorchKernels) -> ModelRunner:
+    def load(
+        cls,
+        runner_config: RunnerConfig,
+        kernels: CpuKernels | TorchKernels,
+        queue: DeviceQueue | None = None,
+    ) -> ModelRunner:
         """Load every layer and give what is left of the budget to the KV cache.
+
+        Args:
+            queue: how the device is asked for things; None: as its kind is.
 
         Raises:
             ConfigError: the checkpoint or the budget cannot work; one sentence.
         """
-        return cls.load_from(Checkpoint.open(runner_config.model_dir), runner_config, kernels)
+        checkpoint = Checkpoint.open(runner_config.model_dir)
+        return cls.load_from(checkpoint, runner_config, kernels, queue)
 
     @classmethod
     def load_from(
@@ -94,27 +94,16 @@ class ModelRunner:
         weights: WeightSource,
         runner_config: RunnerConfig,
         kernels: CpuKernels | TorchKernels,
+        queue: DeviceQueue | None = None,
     ) -> ModelRunner:
         """The same from weights that need not be a checkpoint on disk."""
-        log = structlog.get_logger(component="model")
-        config = weights.config
-        layers = make_decoder_layers(config, kernels, runner_config.max_num_batched_tokens)
-        plan = ModelPlan(config, layers, kernels)
-        span = Span(start=0, end=config.num_layers)
-        plan.check_budget(
-            span, runner_config.memory_bytes, runner_config.chunk_bytes, runner_config.max_model_len
-        )
-        pool = MemoryPool(
-            make_memory(kernels.device, runner_config.memory_bytes, runner_config.chunk_bytes)
-        )
-        stage = Stage(plan, span, weights, pool, kernels)
-        num_bytes = sum(stage.load(span))
-        pool.grow_kv_evenly(range(span.start, span.end))
-        runner = cls(plan, stage, pool, kernels, runner_config.max_model_len)
-        log.info(
+        model = load_model(weights, runner_config, kernels)
+        queue = queue or make_queue(kernels.device)
+        runner = cls(model, kernels, queue, runner_config.max_model_len)
+        structlog.get_logger(component="model").info(
             "model loaded",
-            layers=len(span),
-            weight_bytes=num_bytes,
+            layers=len(runner.span),
+            weight_bytes=runner.pool.usage.weight_bytes,
             kv_tokens=runner.num_blocks * runner.block_size,
             max_model_len=runner.max_model_len,
         )
@@ -182,10 +171,16 @@ class ModelRunner:
 
     # --- computing -------------------------------------------------------------------------------
 
-    def make_batch(self, slices: Sequence[SequenceSlice]) -> ForwardBatch:
-        """Lay out the slices of a step, in the order given, on the device."""
-        batch = make_batch(slices, self.block_size)
-        return batch if self.device.type == "cpu" else batch.to(self.device)
+    def make_batch(
+        self, slices: Sequence[SequenceSlice], source: PendingTokens | None = None
+    ) -> ForwardBatch:
+        """Lay out the slices of a step, in the order given, on the device.
+
+        Args:
+            source: the launch before, whose tokens may not be known yet.
+        """
+        source_ids = None if source is None else source.token_ids
+        return make_batch(slices, self.block_size, self._queue.place, source_ids)
 
     def synchronize(self) -> None:
         """Wait until the device has done everything that was asked of it."""
@@ -193,12 +188,20 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
-    def run(
-        self, slices: Sequence[SequenceSlice], rows: Sequence[SamplingRow]
-    ) -> list[SampledToken]:
-        """Compute a batch; one token for each slice that wants one, in their order."""
-        batch = self.make_batch(slices)
-        return self.sample(self.forward(batch, self.embed(batch), self.span), batch, rows)
+    def launch(
+        self,
+        slices: Sequence[SequenceSlice],
+        rows: Sequence[SamplingRow],
+        source: PendingTokens | None = None,
+    ) -> PendingTokens:
+        """Have a batch computed; one token for each slice that wants one, in their order.
+
+        Args:
+            source: the launch before, where slices or rows go on from a row of it.
+        """
+        batch = self.make_batch(slices, source)
+        hidden = self.forward(batch, self.embed(batch), self.span)
+        return self.sample(hidden, batch, rows, source)
 
     @torch.inference_mode()
     def logits(self, slices: Sequence[SequenceSlice]) -> Iterator[torch.Tensor]:
@@ -219,12 +222,9 @@ class ModelRunner:
         span: Span,
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
         """Run the layers of `span`, which must be served here; writes the batch's KV."""
-        began_at = time.perf_counter()
+        began = self._queue.mark()
         self._stage.forward(hidden, batch, span)
-        ended_at = time.perf_counter()
-        self.activity.ran(ended_at - began_at, ended_at)
-        if self.device.type == "cpu":  # another device goes on by itself
-            self.meter.computed(batch.chunks, len(span), ended_at - began_at)
+        self._times.launched(began, batch.chunks, len(span))
         return hidden
 
     @torch.inference_mode()
@@ -233,12 +233,16 @@ class ModelRunner:
         hidden: torch.Tensor,  # [num_tokens, hidden_size] behind the last layer
         batch: ForwardBatch,
         rows: Sequence[SamplingRow],
-    ) -> list[SampledToken]:
+        source: PendingTokens | None = None,
+    ) -> PendingTokens:
         """One token for each slice that wants one; only where the span ends the model."""
-        tokens: list[SampledToken] = []
-        for logits in self._logits(hidden, batch):
-            tokens += self._sample(logits, rows[len(tokens) : len(tokens) + len(logits)])
-        return tokens
+        parts = [rows[i : i + _LOGITS_ROWS] for i in range(0, len(rows), _LOGITS_ROWS)]
+        source_ids = None if source is None else source.token_ids
+        return self._sampler.launch(self._logits(hidden, batch), parts, source_ids)
+
+    def note_progress(self) -> None:
+        """Take note of what the device has done since; what runs is known as of the last look."""
+        self._times.look()
 
     def _logits(self, hidden: torch.Tensor, batch: ForwardBatch) -> Iterator[torch.Tensor]:
         """Logits `[rows, vocab]`, a few rows at once.

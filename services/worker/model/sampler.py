@@ -40,6 +40,7 @@ class SamplingRow:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     forbidden_token_ids: Sequence[int] = ()
+    source_row: int | None = None  # of the launch before: its token follows the output
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +80,12 @@ def sample(
 def _sample_row(logits: torch.Tensor, row: SamplingRow) -> SampledToken:  # [vocab]
     params = row.params
     logprobs = None if params.logprobs is None else torch.log_softmax(logits, dim=-1)
-    adjust(logits, row)
+    _adjust(logits, row)
     # NumPy finds the largest of 49152 in 3 us, torch in 31.
     token_id = int(logits.numpy().argmax()) if is_greedy(params) else _draw(logits, row)
     if logprobs is None or params.logprobs is None:
         return SampledToken(token_id)
-    return SampledToken(token_id, report(logprobs, token_id, params.logprobs))
+    return SampledToken(token_id, _report(logprobs, token_id, params.logprobs))
 
 
 def is_greedy(params: SamplingParams) -> bool:
@@ -92,26 +93,24 @@ def is_greedy(params: SamplingParams) -> bool:
     return params.temperature < _GREEDY_TEMPERATURE
 
 
-def adjust(logits: torch.Tensor, row: SamplingRow) -> None:
+def _adjust(logits: torch.Tensor, row: SamplingRow) -> None:
     """Apply penalties, bias and prohibitions to one row `[vocab]` in place."""
-    params, device = row.params, logits.device
+    params = row.params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(
-            [*{*row.prompt_token_ids, *row.output_token_ids}], dtype=torch.int64, device=device
-        )
+        seen = torch.tensor([*{*row.prompt_token_ids, *row.output_token_ids}], dtype=torch.int64)
         values = logits[seen]
         penalty = params.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if (params.presence_penalty or params.frequency_penalty) and row.output_token_ids:
         counts = Counter(row.output_token_ids)
-        frequencies = torch.tensor(list(counts.values()), device=device)
+        frequencies = torch.tensor(list(counts.values()))
         penalties = params.presence_penalty + params.frequency_penalty * frequencies
-        logits[torch.tensor(list(counts), device=device)] -= penalties
+        logits[torch.tensor(list(counts))] -= penalties
     if params.logit_bias:
-        biased = torch.tensor(list(params.logit_bias), device=device)
-        logits[biased] += torch.tensor(list(params.logit_bias.values()), device=device)
+        biased = torch.tensor(list(params.logit_bias))
+        logits[biased] += torch.tensor(list(params.logit_bias.values()))
     if row.forbidden_token_ids:
-        logits[torch.tensor(row.forbidden_token_ids, device=device)] = -torch.inf
+        logits[torch.tensor(row.forbidden_token_ids)] = -torch.inf
 
 
 def _draw(logits: torch.Tensor, row: SamplingRow) -> int:  # [vocab]
@@ -160,7 +159,7 @@ def _nucleus_floor(candidates: npt.NDArray[np.float32], top_p: float) -> float:
     return float(descending[min(last, descending.size - 1)])
 
 
-def report(
+def _report(
     logprobs: torch.Tensor,  # [vocab]
     token_id: int,
     num_alternatives: int,

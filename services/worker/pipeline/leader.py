@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from services.worker.batch_io import BatchOutcome, sampling_rows, sequence_slices
+from services.worker.batch_io import BatchOutcome, batch_input
 from services.worker.engine.exchange import Exchange
 from services.worker.engine.outputs import SchedulerOutput
 from services.worker.engine.releases import ReleasedKeys
@@ -142,6 +142,11 @@ class PipelineLeader:
         is_loading = self._preparation is not None and self._preparation.is_busy
         return is_loading or self._traffic.is_busy
 
+    @property
+    def owes_answers(self) -> bool:
+        """False: the last stage has the tokens."""
+        return False
+
     # --- the next layout -------------------------------------------------------------------------
 
     def prepare(self, regrouping: Regrouping) -> None:
@@ -227,7 +232,7 @@ class PipelineLeader:
         """Compute a batch's first layers and send it on; its outcome comes as a Tokens frame."""
         if not self._was_idle:
             self._timer.next_over(Phase.FIRST_BATCH)
-        slices, rows = sequence_slices(output), sampling_rows(output)
+        slices, rows = batch_input(output)
         batch = self._runner.make_batch(slices)
         hidden = self._runner.forward(batch, self._runner.embed(batch), self.peers.span)
         message = microbatch(output, slices, rows, follows=self._runner.meter.batch_sent())

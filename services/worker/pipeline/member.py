@@ -105,6 +105,8 @@ class GroupMember:
             return []
         if proposal.peers is not None and not proposal.peers.is_connected:
             return self._break(_LINK_DOWN)
+        if self._core.is_computing:  # it lands in the next step, and the scheduler makes no more
+            return []
         if self._serving is not None and proposal.regrouping.stops and not self._serving.is_quiet:
             return []
         self._proposal = None
@@ -294,6 +296,11 @@ class GroupMember:
     def is_busy(self) -> bool:
         """True while there is something to do that nobody will announce."""
         return self._reload is not None or any(role.is_busy for role in self._roles.values())
+
+    @property
+    def owes_answers(self) -> bool:
+        """True while tokens are being computed here that a leader waits for."""
+        return any(role.owes_answers for role in self._roles.values())
 
     def inspect(self) -> EngineInspection:
         """What the engine holds, and whether its books agree."""

@@ -36,6 +36,11 @@ class Role(Protocol):
         """True while `pump` has something to do whatever arrives."""
         ...
 
+    @property
+    def owes_answers(self) -> bool:
+        """True while tokens are being computed here that the leader waits for."""
+        ...
+
     # --- the layout before -----------------------------------------------------------------------
 
     @property

@@ -129,7 +129,8 @@ class FollowerStage:
                 raise ValueError(f"a follower has no use for a frame of kind {frame.kind}")
 
     def pump(self) -> None:
-        """Load a part of the model, lend what is free, send KV: whatever is due."""
+        """Answer with tokens, load a part of the model, lend what is free, send KV: what is due."""
+        self._batches.answer()
         if self._restoration is not None:
             self._restoration.pump()
         elif self._state is _StageState.SERVING:
@@ -141,6 +142,11 @@ class FollowerStage:
         """True while `pump` has something to do whatever arrives."""
         is_loading = self._restoration is not None and self._restoration.is_busy
         return is_loading or self._traffic.is_busy
+
+    @property
+    def owes_answers(self) -> bool:
+        """True while tokens are being computed here that the leader waits for."""
+        return self._batches.owes_answers
 
     # --- the next layout -------------------------------------------------------------------------
 

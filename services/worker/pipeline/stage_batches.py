@@ -1,15 +1,21 @@
 """Microbatches on a stage behind the leader: computed and passed on, or answered with tokens.
 
 What a batch needs to know of its requests travels with it; their blocks are found by key.
+
+The last stage does not wait for a device that computes by itself: it takes the next batch, and
+answers when the tokens of one before are there.
 """
 
 from __future__ import annotations
+
+from collections import deque
 
 import structlog
 
 from services.worker.engine.stage_blocks import StageBlocks
 from services.worker.links.base import Buffer
 from services.worker.model.batch import SequenceSlice
+from services.worker.model.pending import PendingTokens
 from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.kv_transfer import as_buffer, received_tensor
 from services.worker.pipeline.messages import FrameKind, Microbatch, Tokens
@@ -25,16 +31,31 @@ class StageBatches:
         self._peers = peers
         self._runner = runner
         self._blocks = blocks
+        self._pending: deque[tuple[Microbatch, PendingTokens]] = deque()  # oldest first
         self._log = structlog.get_logger(component="stage", group=peers.key.group_id)
 
     def run(self, message: Microbatch, buffer: Buffer) -> None:
-        """Compute a microbatch and pass it on, or answer with its tokens."""
+        """Have a microbatch computed and pass it on, or answer with its tokens."""
         self._runner.meter.batch_arrived(follows=message.follows)
         try:
             self._compute(message, buffer)
         except Exception as error:  # whatever it is, it must not take the other requests along
-            self._log.exception("batch failed", requests=len(message.keys))
-            self._answer(Tokens(step=message.step, error=f"{self._peers.worker_id}: {error}"))
+            self._fail(message, error)
+        self.answer()
+
+    def answer(self) -> None:
+        """Send the tokens that have been computed, in the order of their batches."""
+        while self._pending and self._pending[0][1].is_ready:
+            message, tokens = self._pending.popleft()
+            try:
+                self._send_tokens(message, tokens)
+            except Exception as error:  # as above
+                self._fail(message, error)
+
+    @property
+    def owes_answers(self) -> bool:
+        """True while tokens are being computed."""
+        return bool(self._pending)
 
     def _compute(self, message: Microbatch, buffer: Buffer) -> None:
         batch = self._runner.make_batch(self._slices(message))
@@ -43,14 +64,8 @@ class StageBatches:
         if self._peers.next_worker_id is not None:
             self._peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))
             return
-        sampled = self._runner.sample(hidden, batch, [sampling_row(row) for row in message.rows])
-        self._answer(
-            Tokens(
-                step=message.step,
-                token_ids=tuple(token.token_id for token in sampled),
-                logprobs=tuple(token.logprobs for token in sampled),
-            )
-        )
+        rows = [sampling_row(row) for row in message.rows]
+        self._pending.append((message, self._runner.sample(hidden, batch, rows)))
 
     def _slices(self, message: Microbatch) -> list[SequenceSlice]:
         token_ids = unpack_token_ids(message.token_ids)
@@ -64,5 +79,19 @@ class StageBatches:
             position += length
         return slices
 
-    def _answer(self, tokens: Tokens) -> None:
+    def _send_tokens(self, message: Microbatch, pending: PendingTokens) -> None:
+        sampled = pending.result()
+        self._send(
+            Tokens(
+                step=message.step,
+                token_ids=tuple(token.token_id for token in sampled),
+                logprobs=tuple(token.logprobs for token in sampled),
+            )
+        )
+
+    def _fail(self, message: Microbatch, error: Exception) -> None:
+        self._log.exception("batch failed", requests=len(message.keys))
+        self._send(Tokens(step=message.step, error=f"{self._peers.worker_id}: {error}"))
+
+    def _send(self, tokens: Tokens) -> None:
         self._peers.send(self._peers.leader, FrameKind.TOKENS, tokens)

@@ -98,7 +98,7 @@ class Cluster:
         self.workers = {
             route.leader: Worker(route.leader, route, num_blocks, config) for route in self.routes
         }
-        self.flights: list[Flight] = []
+        self.flights: list[Flight] = []  # of a route, oldest first
         self.pieces: list[Piece] = []
 
     # --- serving ---------------------------------------------------------------------------------
@@ -117,6 +117,18 @@ class Cluster:
         if output.scheduled:
             self.flights.append(Flight(leader, output))
         return output
+
+    @property
+    def due_flights(self) -> list[Flight]:
+        """Batches that may return next: with one stage they do so in order."""
+        oldest: dict[Route, Flight] = {}
+        for flight in self.flights:
+            oldest.setdefault(flight.output.route, flight)
+        return [
+            flight
+            for flight in self.flights
+            if flight.output.route.num_stages > 1 or oldest[flight.output.route] is flight
+        ]
 
     def advance(self, flight: Flight) -> list[StepResult]:
         """Compute the next stage of a batch; after the last one it returns."""
@@ -145,6 +157,10 @@ class Cluster:
         if stage.worker_id != leader:
             table = worker.scheduler.blocks.stage.extend(request.kv_key, end)
         tokens = request.token_ids(0, end)
+        may_follow = self.config.overlaps and request.route.num_stages == 1
+        if may_follow and request.status is RequestStatus.ENDING:  # the batch before may be lost
+            assert len(table) * BLOCK_SIZE >= end
+            return 0 if item.wants_token else None
         for layer in range(stage.start, stage.end):
             for position in range(item.num_computed_tokens, end):
                 worker.write(table, layer, position, tokens[position])

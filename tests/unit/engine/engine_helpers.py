@@ -9,6 +9,7 @@ from services.worker.engine.outputs import SchedulerOutput, StepResult
 from services.worker.engine.request import Request
 from services.worker.engine.routes import Route, RouteStage
 from services.worker.engine.scheduler import Scheduler
+from services.worker.engine.stopping import is_stop_token
 from shared.sampling import SamplingParams
 
 BLOCK_SIZE = 4
@@ -78,24 +79,28 @@ def next_token(token_ids: list[int]) -> int:
 
 
 def expected_output(request: Request, max_model_len: int) -> list[int]:
-    """What an undisturbed run of `request` (without stop tokens) generates."""
-    token_ids = list(request.prompt_token_ids)
+    """What an undisturbed run of `request` generates."""
+    token_ids, output = list(request.prompt_token_ids), []
     limit = min(request.sampling.max_tokens, max_model_len - len(token_ids))
     for _ in range(limit):
-        token_ids.append(next_token(token_ids))
-    return token_ids[request.num_prompt_tokens :]
+        output.append(next_token([*token_ids, *output]))
+        if len(output) >= request.sampling.min_tokens and is_stop_token(request, output[-1]):
+            break
+    return output
 
 
 class PagedModel:
     """Computes batches from tokens kept in KV blocks, as the real model does.
 
     Reads its own input back from the blocks: a block shared by mistake, freed too early or not
-    computed gives other tokens, and `compute` fails on it.
+    computed gives other tokens, and `compute` fails on it. What it sampled it knows before the
+    scheduler does, so batches that were made ahead can be computed before the others return.
     """
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._kv: dict[int, int] = {}  # slot -> token id
+        self._sampled: dict[tuple[Request, int], int] = {}  # by position
 
     def compute(self, output: SchedulerOutput) -> list[int]:
         """Write the batch's tokens to their slots; return one new token per row that wants one."""
@@ -103,14 +108,19 @@ class PagedModel:
         for item in output.scheduled:
             request, end = item.request, item.num_computed_tokens + item.num_scheduled_tokens
             for position in range(item.num_computed_tokens, end):
-                token_id = request.token_ids(position, position + 1)[0]
-                self._kv[self._slot(request, position)] = token_id
+                self._kv[self._slot(request, position)] = self._token(request, position)
             cached = [self._kv[self._slot(request, position)] for position in range(end)]
-            if cached != request.token_ids(0, end):
+            if cached != [self._token(request, position) for position in range(end)]:
                 raise AssertionError(f"the KV of {request.request_id} was overwritten")
             if item.wants_token:
                 sampled.append(next_token(cached))
+                self._sampled[request, end] = sampled[-1]
         return sampled
+
+    def _token(self, request: Request, position: int) -> int:
+        if position < request.num_tokens:
+            return request.token_ids(position, position + 1)[0]
+        return self._sampled[request, position]
 
     def move(self, moves: list[BlockMove]) -> None:
         """Copy blocks as a shrinking pool demands."""

@@ -43,9 +43,11 @@ class History:
             recovery_watermark=watermark,
             chunk_policy=random.choice(list(ChunkPolicy)),
             min_prefill_tokens=2,
+            overlaps=random.choice([True, False]),
         )
         self.cluster = Cluster(random.randint(MIN_BLOCKS, 14), random.randint(0, 6), config)
         self.budget = config.max_num_batched_tokens
+        self.overlaps = config.overlaps
         self.now = 0.0
         self.accepted: list[Request] = []
         self.cancelled: set[str] = set()
@@ -72,16 +74,16 @@ class History:
         """Start a batch wherever one may start, and let all move on by a stage."""
         for leader in self.cluster.leaders:
             self._schedule(leader)
-        for flight in list(self.cluster.flights):
+        for flight in self.cluster.due_flights:
             self._advance(flight)
 
     def advance(self) -> None:
         if self.cluster.flights:
-            self._advance(self.random.choice(self.cluster.flights))
+            self._advance(self.random.choice(self.cluster.due_flights))
 
     def fail(self) -> None:
         if self.cluster.flights:
-            results = self.cluster.fail(self.random.choice(self.cluster.flights))
+            results = self.cluster.fail(self.random.choice(self.cluster.due_flights))
             self.failed.update(result.request.request_id for result in results)
 
     def cancel(self) -> None:
@@ -98,7 +100,12 @@ class History:
         assert cancels.count(True) == 1
 
     def _schedule(self, leader: str) -> None:
-        in_flight = {id(item.request) for f in self.cluster.flights for item in f.output.scheduled}
+        in_flight = {
+            id(item.request)
+            for flight in self.cluster.flights
+            for item in flight.output.scheduled
+            if flight.output.route.num_stages > 1 or not self.overlaps
+        }
         output = self.cluster.schedule(leader, self.now)
         self.seen[f"batch on {output.route.num_stages}"] += bool(output.scheduled)
         self.seen["preempted"] += len(output.preempted)
@@ -106,7 +113,9 @@ class History:
         assert all(item.request.route == output.route for item in output.scheduled)
         assert not any(id(item.request) in in_flight for item in output.scheduled)
         flights = [f for f in self.cluster.flights if f.output.route == output.route]
-        assert len(flights) <= output.route.num_stages
+        is_ahead = len(flights) > output.route.num_stages
+        assert not is_ahead or (self.overlaps and len(flights) == 2)
+        self.seen["ahead"] += is_ahead
         others = {f.output.route.route_id for f in self.cluster.flights if f.leader == leader}
         self.seen["routes side by side"] += len(others) > 1
 
@@ -273,5 +282,5 @@ def test_long_histories() -> None:
     states = {"RUNNING", "WAITING", "PREEMPTED", "PARKED", "EXCHANGING"}
     expected = transitions | {f"cancel {state}" for state in states}
     expected |= {"exchange", "give up PARKED", "give up EXCHANGING", "preempted"}
-    expected |= {"moved here", "moved to another", "routes side by side"}
+    expected |= {"moved here", "moved to another", "routes side by side", "ahead"}
     assert expected <= seen.keys()

@@ -48,12 +48,12 @@ def test_before_min_tokens_nothing_stops_and_stop_tokens_are_forbidden() -> None
         eos_token_ids=(EOS,), output_token_ids=(EOS,), min_tokens=2, stop_token_ids=(STOP,)
     )
     assert finish_reason(request, LONG) is None
-    assert forbidden_token_ids(request) == (EOS, STOP)
+    assert forbidden_token_ids(request, request.num_tokens) == (EOS, STOP)
     request.output_token_ids.append(EOS)
     assert finish_reason(request, LONG) is FinishReason.STOP
-    assert forbidden_token_ids(request) == ()
+    assert forbidden_token_ids(request, request.num_tokens) == ()
 
 
 def test_an_ignored_eos_is_not_forbidden() -> None:
     request = make_request(eos_token_ids=(EOS,), min_tokens=2, ignore_eos=True)
-    assert forbidden_token_ids(request) == ()
+    assert forbidden_token_ids(request, request.num_tokens) == ()

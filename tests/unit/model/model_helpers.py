@@ -20,8 +20,10 @@ from services.worker.model.config import ModelConfig
 from services.worker.model.layers.base import DecoderLayers
 from services.worker.model.layers.cpu_transformers import CpuTransformersLayers
 from services.worker.model.layers.factory import make_decoder_layers
+from services.worker.model.loading import RunnerConfig
 from services.worker.model.plan import ModelPlan
-from services.worker.model.runner import ModelRunner, RunnerConfig
+from services.worker.model.queues.base import DeviceQueue
+from services.worker.model.runner import ModelRunner
 from services.worker.model.stage import Stage
 from shared.layout import Span
 from tests.tiny_models import NUM_LAYERS
@@ -79,11 +81,13 @@ def open_stage(
 
 @contextmanager
 def open_runner(
-    directory: Path, kernels: CpuKernels | TorchKernels, memory_bytes: int = BUDGET_BYTES
+    directory: Path,
+    kernels: CpuKernels | TorchKernels,
+    memory_bytes: int = BUDGET_BYTES,
+    queue: DeviceQueue | None = None,
 ) -> Iterator[ModelRunner]:
-    runner = ModelRunner.load(
-        RunnerConfig(directory, memory_bytes, CHUNK_BYTES, MAX_NUM_TOKENS, None), kernels
-    )
+    config = RunnerConfig(directory, memory_bytes, CHUNK_BYTES, MAX_NUM_TOKENS, None)
+    runner = ModelRunner.load(config, kernels, queue)
     yield runner
     runner.pool.check_integrity()
     runner.pool.close()

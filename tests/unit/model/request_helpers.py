@@ -14,8 +14,9 @@ from services.worker.engine.config import SchedulerConfig
 from services.worker.engine.request import Request
 from services.worker.engine.scheduler import Scheduler
 from services.worker.model.batch import SequenceSlice
+from services.worker.model.pending import KnownTokens, PendingTokens
 from services.worker.model.runner import ModelRunner
-from services.worker.model.sampler import SampledToken, SamplingRow, sample
+from services.worker.model.sampler import SamplingRow, sample
 from shared.sampling import SamplingParams
 from tests.unit.model.model_helpers import last_logits
 
@@ -53,13 +54,16 @@ class _RecordingModel:
         self._runner = runner
         self._run = run
 
-    def run(
-        self, slices: Sequence[SequenceSlice], rows: Sequence[SamplingRow]
-    ) -> list[SampledToken]:
+    def launch(
+        self,
+        slices: Sequence[SequenceSlice],
+        rows: Sequence[SamplingRow],
+        source: PendingTokens | None,
+    ) -> PendingTokens:
         logits = last_logits(self._runner, slices)
         for row, values in zip(rows, logits.clone(), strict=True):
             self._run.logits[(*row.prompt_token_ids, *row.output_token_ids)] = values
-        return sample(logits, rows)
+        return KnownTokens(sample(logits.cpu(), rows))
 
 
 def run_engine(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.worker.model.batch import SequenceSlice, make_batch
+from services.worker.model.batch import UNKNOWN_TOKEN, SequenceSlice, make_batch
 
 BLOCK_SIZE = 16
 
@@ -56,6 +57,19 @@ def test_every_token_has_its_position_and_slot(items: list[SequenceSlice]) -> No
         assert batch.block_table[index, :width].tolist() == item.block_table
         assert (end - 1 in batch.logits_rows.tolist()) == item.wants_token
     assert batch.end_position == int(batch.positions.max()) + 1
+
+
+def test_unknown_tokens_are_those_of_the_launch_before() -> None:
+    items = [
+        SequenceSlice([UNKNOWN_TOKEN], 9, [3], True, source_row=2),
+        SequenceSlice([204, 205], 4, [5], False),
+        SequenceSlice([UNKNOWN_TOKEN], 17, [7, 2], True, source_row=0),
+    ]
+    batch = make_batch(items, BLOCK_SIZE, source_ids=torch.tensor([31, 32, 33]))
+    assert batch.token_ids.tolist() == [33, 204, 205, 31]
+    assert batch.positions.tolist() == [9, 4, 5, 17]
+    with pytest.raises(ValueError, match="launch before"):
+        make_batch(items, BLOCK_SIZE)
 
 
 def test_types_are_those_of_the_kernels() -> None:

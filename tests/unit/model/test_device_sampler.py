@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 
-from services.worker.model.device_sampler import sample_on_device
+from services.worker.model.device_sampler import DeviceSampler
+from services.worker.model.queues.factory import make_queue
+from services.worker.model.queues.staged import StagedQueue
 from services.worker.model.sampler import SampledToken, SamplingRow, sample
 from shared.sampling import SamplingParams
+from tests.late_copier import LateCopier
 
 VOCAB = 203
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,10 +50,25 @@ def random_logits(rows: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+def sample_on_device(
+    logits: torch.Tensor,
+    rows: list[SamplingRow],
+    source_ids: torch.Tensor | None = None,
+    num_parts: int = 1,
+) -> list[SampledToken]:
+    sampler = DeviceSampler(make_queue(DEVICE), VOCAB)
+    size = -(-len(rows) // num_parts)
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    pending = sampler.launch(logits.to(DEVICE, copy=True).split(size), parts, source_ids)
+    tokens = pending.result()
+    assert pending.token_ids.tolist() == [token.token_id for token in tokens]
+    return tokens
+
+
 def both(
     logits: torch.Tensor, rows: list[SamplingRow]
 ) -> tuple[list[SampledToken], list[SampledToken]]:
-    return sample_on_device(logits.to(DEVICE, copy=True), rows), sample(logits.clone(), rows)
+    return sample_on_device(logits, rows), sample(logits.clone(), rows)
 
 
 @pytest.mark.parametrize("position", range(40))
@@ -59,8 +80,8 @@ def test_a_mixed_batch_draws_the_same_tokens(position: int) -> None:
 @pytest.mark.parametrize("index", range(len(SAMPLING)))
 def test_a_row_alone_draws_what_it_draws_among_others(index: int) -> None:
     logits, rows = random_logits(len(SAMPLING), seed=7), rows_of(7)
-    among = sample_on_device(logits.to(DEVICE, copy=True), rows)
-    alone = sample_on_device(logits[index : index + 1].to(DEVICE, copy=True), [rows[index]])
+    among = sample_on_device(logits, rows)
+    alone = sample_on_device(logits[index : index + 1], [rows[index]])
     assert alone == [among[index]]
 
 
@@ -77,8 +98,56 @@ def test_logprobs_are_reported_for_the_rows_that_ask() -> None:
             assert one.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=1e-5)
 
 
+@pytest.mark.parametrize("position", range(10))
+def test_an_unknown_token_counts_as_if_it_were_known(position: int) -> None:
+    """For every penalty, whether it was there before or not; it is known on the device only."""
+    rng = random.Random(position)
+    source_ids = torch.tensor([3, 50, 77, 4], device=DEVICE)
+    unknown, known = [], []
+    for row in rows_of(position):
+        source_row = rng.choice([None, 0, 1, 2, 3])
+        unknown.append(replace(row, source_row=source_row))
+        last = [] if source_row is None else [int(source_ids[source_row])]
+        known.append(replace(row, output_token_ids=[*row.output_token_ids, *last]))
+    logits = random_logits(len(SAMPLING), position)
+    actual = sample_on_device(logits, unknown, source_ids)
+    assert actual == sample_on_device(logits, known)
+    assert actual == sample(logits.clone(), known)
+
+
+def test_parts_are_sampled_as_if_they_were_one() -> None:
+    rows = [
+        replace(row, params=row.params.model_copy(update={"logprobs": index % 4 or None}))
+        for index, row in enumerate(rows_of(2))
+    ]
+    logits = random_logits(len(rows), seed=2)
+    expected = sample_on_device(logits, rows)
+    for num_parts in (2, 3, len(rows)):
+        assert sample_on_device(logits, rows, num_parts=num_parts) == expected
+
+
+def test_nothing_is_known_on_the_host_before_it_was_waited_for() -> None:
+    rows = [
+        replace(row, params=row.params.model_copy(update={"logprobs": 2})) for row in rows_of(1)
+    ]
+    logits, copier = random_logits(len(rows), seed=1), LateCopier()
+    sampler = DeviceSampler(StagedQueue(copier), VOCAB)
+    pending = sampler.launch([logits.clone()], [rows], None)
+    assert not pending.is_ready
+    assert copier.num_uploads == 1
+    assert pending.result() == sample_on_device(logits, rows)
+    assert pending.is_ready
+
+
+def test_a_batch_without_rows_is_waited_for_too() -> None:
+    pending = DeviceSampler(StagedQueue(LateCopier()), VOCAB).launch([], [], None)
+    assert not pending.is_ready
+    assert pending.token_ids.shape == (0,)
+    assert pending.result() == []
+
+
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 def test_logits_that_are_not_numbers_still_give_a_token(value: float) -> None:
     rows = [row for row in rows_of(3) if not row.params.logit_bias]
-    for token in sample_on_device(torch.full((len(rows), VOCAB), value, device=DEVICE), rows):
+    for token in sample_on_device(torch.full((len(rows), VOCAB), value), rows):
         assert 0 <= token.token_id < VOCAB

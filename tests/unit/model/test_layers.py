@@ -130,7 +130,8 @@ LOAD = """
 import sys
 from pathlib import Path
 from services.worker.kernels.cpu import CpuKernels
-from services.worker.model.runner import ModelRunner, RunnerConfig
+from services.worker.model.loading import RunnerConfig
+from services.worker.model.runner import ModelRunner
 
 ModelRunner.load(RunnerConfig(Path(sys.argv[1]), 2**22, 2**14, 64, None), CpuKernels(1))
 sys.exit(3 if "transformers" in sys.modules else 0)

@@ -166,10 +166,10 @@ def test_token_and_logits_belong_to_the_slice_that_wants_them(runner: ModelRunne
     unfinished = company.sequences[0].take(10)
     others = [sequence.take(20) for sequence in company.sequences[1:]]
     row = SamplingRow(SamplingParams(temperature=0.0), 0, [], [])
-    tokens = runner.run([unfinished, *others], [row, row])
+    tokens = runner.launch([unfinished, *others], [row, row]).result()
     for token, sequence in zip(tokens, company.sequences[1:], strict=True):
         assert token.token_id == int(logits_alone(runner, sequence.token_ids).argmax())
-    assert runner.run([company.sequences[0].take(5)], []) == []
+    assert runner.launch([company.sequences[0].take(5)], []).result() == []
 
 
 def test_every_sampling_parameter_reaches_the_logits(runner: ModelRunner) -> None:
@@ -179,7 +179,8 @@ def test_every_sampling_parameter_reaches_the_logits(runner: ModelRunner) -> Non
     def token(**sampling: object) -> int:
         params = SamplingParams.model_validate({"temperature": 0.0, **sampling})
         sequence = PagedSequence(prompt, [0, 1])
-        [sampled] = runner.run([sequence.take(20)], [SamplingRow(params, 20, prompt, [best])])
+        row = SamplingRow(params, 20, prompt, [best])
+        [sampled] = runner.launch([sequence.take(20)], [row]).result()
         return sampled.token_id
 
     assert token() == best

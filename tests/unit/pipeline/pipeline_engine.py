@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import queue
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.worker.core import EngineCore
+from services.worker.core import EngineCore, Model
 from services.worker.engine.block_manager import BlockManager
 from services.worker.engine.config import SchedulerConfig
 from services.worker.engine.request import Request
@@ -22,6 +23,7 @@ from services.worker.pipeline.handover import pack_request
 from services.worker.pipeline.member import GroupMember
 from services.worker.pipeline.messages import FrameKind, HandOver
 from shared.messages import TokenItem
+from tests.late_model import LateModel, delay_samples
 from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE
 from tests.unit.model.model_helpers import open_runner, random_tokens
 from tests.unit.model.request_helpers import make_request
@@ -109,20 +111,32 @@ class Engine:
 
 
 def make_engine(
-    worker_id: str, runner: ModelRunner, num_blocks: int | None = None, num_tokens: int = 32
+    worker_id: str,
+    runner: ModelRunner,
+    num_blocks: int | None = None,
+    num_tokens: int = 32,
+    *,
+    late: bool = False,
 ) -> Engine:
+    """An engine; `late`: as on a device that computes by itself, with steps that overlap."""
     config = SchedulerConfig(
         max_num_batched_tokens=num_tokens,
         max_num_seqs=16,
         max_model_len=MAX_MODEL_LEN,
         min_prefill_tokens=16,
+        overlaps=late,
     )
     scheduler = Scheduler(
         config,
         BlockManager(num_blocks or runner.num_blocks, runner.block_size),
         Route.of_replica(worker_id, NUM_LAYERS),
     )
-    core = EngineCore(scheduler, runner)
+    model: Model = runner
+    if late:
+        rng = random.Random(worker_id)
+        delay_samples(runner, lambda: rng.choice([0, 1, 3, 8]))
+        model = LateModel(runner, lambda: rng.choice([0, 1, 1000]))
+    core = EngineCore(scheduler, model)
     return Engine(worker_id, runner, scheduler, core, GroupMember(core, scheduler, runner))
 
 

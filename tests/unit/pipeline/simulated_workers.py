@@ -128,9 +128,11 @@ class SimWorker:
         runner: ModelRunner,
         workers: dict[str, SimWorker],
         links: list[SimLink],
+        *,
+        late: bool,
     ) -> None:
         self.worker_id = worker_id
-        self.engine = make_engine(worker_id, runner)
+        self.engine = make_engine(worker_id, runner, late=late)
         self.placement = Placement()
         self.transition = Transition(
             worker_id, self.placement, cast(EngineThread, self), lambda: None

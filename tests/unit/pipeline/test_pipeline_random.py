@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -85,12 +86,14 @@ def scripts(draw: st.DrawFn) -> tuple[int, list[object]]:
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(script=scripts())
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
 def test_tokens_stay_the_same_on_any_way_through_layouts(
-    tiny_models: TinyModels, kernels: CpuKernels, script: tuple[int, list[object]]
+    tiny_models: TinyModels, kernels: CpuKernels, script: tuple[int, list[object]], late: bool
 ) -> None:
+    """Also with a device that computes by itself: nobody moves what a batch in flight needs."""
     directory = tiny_models.directory("llama")
     num_workers, steps = script
-    with open_cluster(directory, kernels, num_workers) as cluster:
+    with open_cluster(directory, kernels, num_workers, late=late) as cluster:
         cancelled = play(cluster, steps)
         cluster.run()
         cluster.check()

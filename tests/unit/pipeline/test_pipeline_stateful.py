@@ -1,5 +1,6 @@
 """Planner, transitions, engines and memory, with every message delivered in any order.
 
+Also with devices whose tokens come late, so that batches are in flight whenever something happens.
 Orders, requests, cancellations, planners that take over, plans seen late, frames that overtake each
 other, in random order. Always: every group that serves has every layer, epochs only rise, every
 chunk and block has one owner. In the end: everybody settles, and no request is lost or differs.
@@ -60,12 +61,12 @@ class PipelineMachine(RuleBasedStateMachine):
         self.unwanted: set[str] = set()
         self.planner = SimCluster(timing=Timing(3.0, 5.0, NEVER, NEVER), now=time.time() + NEVER)
 
-    @initialize(count=st.integers(2, 4))
-    def begin(self, count: int) -> None:
+    @initialize(count=st.integers(2, 4), late=st.booleans())
+    def begin(self, count: int, late: bool) -> None:
         for number in range(count):
             runner = self.stack.enter_context(open_runner(self.model, self.kernels, MEMORY_BYTES))
             name = f"w{number}"
-            self.workers[name] = SimWorker(name, runner, self.workers, self.links)
+            self.workers[name] = SimWorker(name, runner, self.workers, self.links, late=late)
             self.stack.callback(self.workers[name].engine.member.close)
         self.planner.workers = self.workers  # type: ignore[assignment]
         self.planner.tick(0.1)
@@ -241,7 +242,7 @@ def test_pipelines_under_any_order_of_messages(
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=20,
+            max_examples=30,
             stateful_step_count=25,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow],

@@ -20,6 +20,15 @@ def test_a_leader_that_waits_with_requests_waits_in_a_bubble() -> None:
     assert (reading.busy_seconds, reading.bubble_seconds) == (3.0, 1.0)
 
 
+def test_a_thread_that_waits_while_its_device_computes_is_no_bubble() -> None:
+    meter = EngineMeter()
+    meter.waited(2.0, leads_work=True, is_computing=True)
+    meter.waited(3.0, leads_work=False, is_computing=True)
+    meter.batch_arrived(follows=True)
+    reading = meter.read()
+    assert (reading.busy_seconds, reading.bubble_seconds) == (5.0, 0.0)
+
+
 def test_a_stage_learns_afterwards_whether_it_waited_in_a_bubble() -> None:
     meter = EngineMeter()
     meter.waited(5.0, leads_work=False)

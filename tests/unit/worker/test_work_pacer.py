@@ -47,6 +47,15 @@ def test_a_batch_of_seconds_does_not_make_a_pause_of_seconds() -> None:
     assert WorkPacer(0.0, SHARE, activity).grant(10.0) <= 0.02
 
 
+def test_while_a_device_computes_a_worker_is_not_idle_however_long_it_takes() -> None:
+    activity = BatchActivity()
+    activity.is_running = True
+    assert WorkPacer(0.0, SHARE, activity).grant(0.0) == 0.0
+    assert not activity.is_idle(100.0)
+    activity.is_running = False
+    assert activity.is_idle(100.0)
+
+
 def test_work_that_took_too_long_is_made_up_for() -> None:
     activity = BatchActivity()
     pacer = WorkPacer(0.0, SHARE, activity)

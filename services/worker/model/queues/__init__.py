@@ -1,0 +1,1 @@
+"""How batches get to where the model computes and tokens from there, without waiting."""
