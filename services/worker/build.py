@@ -17,6 +17,7 @@ from services.worker.core import EngineCore
 from services.worker.device import (
     default_chunk_bytes,
     default_max_num_batched_tokens,
+    exchange_prefill_tokens,
     make_kernels,
 )
 from services.worker.engine.block_manager import BlockManager
@@ -34,6 +35,7 @@ from services.worker.model.runner import ModelRunner, RunnerConfig
 from services.worker.pipeline.member import GroupMember
 from services.worker.profile_cache import ProfileCache, profile_key
 from services.worker.settings import WorkerSettings
+from services.worker.tidying import Tidying
 from shared.cache_dir import default_cache_dir
 from shared.models import ProgressReporter, resolve_model
 
@@ -49,6 +51,7 @@ class BuiltEngine:
     member: GroupMember
     facts: ModelFacts
     runner: ModelRunner
+    tidying: Tidying
 
 
 def build_engine(settings: WorkerSettings) -> BuiltEngine:
@@ -92,6 +95,7 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
             max_num_waiting_requests=settings.max_num_requests,
             watermark=settings.watermark,
             chunk_policy=settings.chunk_policy,
+            exchange_prefill_tokens=exchange_prefill_tokens(kernels.device),
         ),
         BlockManager(runner.num_blocks, runner.block_size),
         Route.of_replica(settings.worker_id, runner.config.num_layers),
@@ -99,7 +103,8 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
     )
     core = EngineCore(scheduler, runner)
     member = GroupMember(core, scheduler, runner)
-    return BuiltEngine(core, member, model_facts(runner), runner)
+    tidying = Tidying(runner.pool, runner.activity)
+    return BuiltEngine(core, member, model_facts(runner), runner, tidying)
 
 
 def _profile(

@@ -184,6 +184,9 @@ class ModelRunner:
 
     def make_batch(self, slices: Sequence[SequenceSlice]) -> ForwardBatch:
         """Lay out the slices of a step, in the order given, on the device."""
+        if not self.pool.is_populated:
+            end_block = max(max(one.block_table) for one in slices) + 1
+            self.pool.populate_kv(range(self.span.start, self.span.end), end_block)
         batch = make_batch(slices, self.block_size)
         return batch if self.device.type == "cpu" else batch.to(self.device)
 

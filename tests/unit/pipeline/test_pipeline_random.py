@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.worker.kernels.cpu import CpuKernels
+from services.worker.links.base import Transport
 from services.worker.pipeline.events import Prepared
 from tests.tiny_models import NUM_LAYERS, TinyModels
 from tests.unit.pipeline.pipeline_engine import make_requests, undisturbed
@@ -84,13 +85,16 @@ def scripts(draw: st.DrawFn) -> tuple[int, list[object]]:
 @settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(script=scripts())
+@given(script=scripts(), transport=st.sampled_from(Transport))
 def test_tokens_stay_the_same_on_any_way_through_layouts(
-    tiny_models: TinyModels, kernels: CpuKernels, script: tuple[int, list[object]]
+    tiny_models: TinyModels,
+    kernels: CpuKernels,
+    script: tuple[int, list[object]],
+    transport: Transport,
 ) -> None:
     directory = tiny_models.directory("llama")
     num_workers, steps = script
-    with open_cluster(directory, kernels, num_workers) as cluster:
+    with open_cluster(directory, kernels, num_workers, transport) as cluster:
         cancelled = play(cluster, steps)
         cluster.run()
         cluster.check()
