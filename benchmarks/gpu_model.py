@@ -16,6 +16,7 @@ from services.worker.model.runner import ModelRunner
 
 _QWEN25: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
     "vocab_size": 152064,
     "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,

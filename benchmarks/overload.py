@@ -148,7 +148,8 @@ async def run(options: argparse.Namespace) -> None:
         command=(
             str(options.kunserve),
             "up",
-            *("--model", str(model), "--workers", "2", "--device-memory", options.device_memory),
+            *("--model", str(model), "--workers", str(options.workers)),
+            *("--device-memory", options.device_memory),
             *shlex.split(options.kunserve_args),
         ),
         log_dir=options.out.parent / "logs",
@@ -202,6 +203,8 @@ def make_scaling(options: argparse.Namespace) -> Scaling:
         until_seconds=30.0 if options.quick else options.until,
         base_per_second=options.base_rate,
         base_seconds=60.0 if options.quick else options.base_seconds,
+        max_context_tokens=options.max_context,
+        max_output_tokens=options.max_output,
     )
 
 
@@ -211,6 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kunserve", type=Path, default=beside_python, help="the command")
     parser.add_argument("--kunserve-args", default="", help="further arguments of `up`")
     parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device-memory", default="1220MiB", help="of each worker")
     parser.add_argument("--seeds", type=int, default=3, help="how many lists of requests")
     parser.add_argument(
@@ -220,6 +224,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--need", type=float, default=1.5, help="KV of the burst over capacity")
     parser.add_argument("--context-scale", type=float, default=0.6)
     parser.add_argument("--output-scale", type=float, default=1.0)
+    parser.add_argument("--max-context", type=int, default=1024, help="longest prompt, tokens")
+    parser.add_argument("--max-output", type=int, default=512, help="longest output, tokens")
     parser.add_argument("--time-scale", type=float, default=1.5)
     parser.add_argument("--until", type=float, default=60.0, help="second of the trace")
     parser.add_argument("--base-rate", type=float, default=0.15, help="requests/s besides")

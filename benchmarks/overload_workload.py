@@ -53,9 +53,9 @@ class Scaling:
     until_seconds: float
     base_per_second: float
     base_seconds: float
+    max_context_tokens: int
+    max_output_tokens: int
     min_tokens: int = 8
-    max_context_tokens: int = 1024
-    max_output_tokens: int = 512
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,17 +163,17 @@ def _bytes_of(costs: ModelCosts) -> tuple[int, ...]:
 def _rounded_seconds(costs: ModelCosts) -> tuple[float, float, float]:
     """Measured times of layer, embedding and head without their noise.
 
-    A layer is rounded to a step of 10 %, the ends to a quarter of a layer: machines of one kind
-    then look alike, which is what makes plans of large clusters cheap.
+    A layer is rounded to a step of 10 %, the ends to half a layer: machines of one kind then look
+    alike, which is what makes plans of large clusters cheap.
     """
     if costs.layer_seconds <= 0.0:
         return (0.0, 0.0, 0.0)
     layer = 1.1 ** round(math.log(costs.layer_seconds, 1.1))
-    quarter = layer / 4
+    half = layer / 2
     return (
         layer,
-        quarter * round(4 * costs.embedding_seconds / costs.layer_seconds),
-        quarter * round(4 * costs.head_seconds / costs.layer_seconds),
+        half * round(2 * costs.embedding_seconds / costs.layer_seconds),
+        half * round(2 * costs.head_seconds / costs.layer_seconds),
     )
 
 

@@ -17,6 +17,7 @@ from services.worker.core import EngineCore
 from services.worker.device import (
     default_chunk_bytes,
     default_max_num_batched_tokens,
+    exchange_prefill_tokens,
     make_kernels,
 )
 from services.worker.engine.block_manager import BlockManager
@@ -35,6 +36,7 @@ from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.member import GroupMember
 from services.worker.profile_cache import ProfileCache, profile_key
 from services.worker.settings import WorkerSettings
+from services.worker.tidying import Tidying
 from shared.cache_dir import default_cache_dir
 from shared.models import ProgressReporter, resolve_model
 
@@ -50,6 +52,7 @@ class BuiltEngine:
     member: GroupMember
     facts: ModelFacts
     runner: ModelRunner
+    tidying: Tidying
 
 
 def build_engine(settings: WorkerSettings) -> BuiltEngine:
@@ -94,6 +97,7 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
             watermark=settings.watermark,
             chunk_policy=settings.chunk_policy,
             overlaps=runner.device.type != "cpu",  # which computes while this thread does not
+            exchange_prefill_tokens=exchange_prefill_tokens(kernels.device),
         ),
         BlockManager(runner.num_blocks, runner.block_size),
         Route.of_replica(settings.worker_id, runner.config.num_layers),
@@ -101,7 +105,8 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
     )
     core = EngineCore(scheduler, runner)
     member = GroupMember(core, scheduler, runner)
-    return BuiltEngine(core, member, model_facts(runner), runner)
+    tidying = Tidying(runner.pool, runner.activity)
+    return BuiltEngine(core, member, model_facts(runner), runner, tidying)
 
 
 def _profile(

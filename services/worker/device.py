@@ -22,6 +22,7 @@ _CUDA_CHUNK_BYTES = 2 * _MIB
 _MAX_CUDA_CHUNKS = 8192
 _CPU_BATCHED_TOKENS = 256
 _CUDA_BATCHED_TOKENS = 8192
+_CPU_EXCHANGE_TOKENS = 32
 
 
 def select_device(setting: Device) -> torch.device:
@@ -62,6 +63,11 @@ def default_chunk_bytes(device: torch.device, budget_bytes: int) -> int:
     if device.type == "cpu":
         return _CPU_CHUNK_BYTES
     return _CUDA_CHUNK_BYTES * -(-budget_bytes // (_MAX_CUDA_CHUNKS * _CUDA_CHUNK_BYTES))
+
+
+def exchange_prefill_tokens(device: torch.device) -> int | None:
+    """See `SchedulerConfig`: a GPU copies while it computes; 32 rows keep a CPU's cores busy."""
+    return _CPU_EXCHANGE_TOKENS if device.type == "cpu" else None
 
 
 def default_max_num_batched_tokens(device: torch.device) -> int:

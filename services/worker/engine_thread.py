@@ -40,13 +40,11 @@ from shared.messages import TokenItem
 
 #: How long an idle thread sleeps before it looks at its stop flag.
 _IDLE_SECONDS = 1.0
-#: The same while KV waits for room on a link, layers are loaded, or old mappings are left.
+#: The same while KV waits for room on a link, layers are loaded, or the memory is to be tidied.
 _BUSY_SECONDS = 0.001
 #: The same while the device computes tokens that another worker waits for: little next to a batch,
 #: and some percent of a core.
 _ANSWER_SECONDS = 0.0002
-#: Stale mappings that are taken away between two batches: less than a millisecond of work.
-_UNMAP_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +167,8 @@ class EngineThread:
         self._woke_at = time.monotonic()
         self._num_added = 0
         self._num_changes = 0  # of what the worker holds, as reported last
+        #: Of the worker's memory, once it is loaded; see `MemoryPool.shareable_file`.
+        self.memory_file: int | None = None
         self._ready: Future[ModelFacts] = Future()
         self._finished: Future[None] = Future()
         self._log = structlog.get_logger(component="engine")
@@ -211,6 +211,7 @@ class EngineThread:
             self._ready.set_exception(error)
             self._finished.set_result(None)
             return
+        self.memory_file = engine.runner.pool.shareable_file
         self._ready.set_result(engine.facts)
         try:
             self._run(engine)
@@ -239,7 +240,8 @@ class EngineThread:
                 news = News()
             news.add(core.step(time.monotonic()), member.take_events())
             news.add(member.pump(time.monotonic()), member.take_events())
-            engine.runner.pool.unmap_stale(_UNMAP_BYTES)
+            if member.is_settled:
+                engine.tidying.pump()
             if commands or not news.is_empty or engine.runner.num_changes != self._num_changes:
                 self._report(engine, news)
             if member.is_grouped:
@@ -290,7 +292,7 @@ def _wait_seconds(engine: BuiltEngine) -> float:
         return 0.0
     if engine.member.owes_answers:
         return _ANSWER_SECONDS
-    is_busy = engine.member.is_busy or engine.runner.pool.stale_bytes > 0
+    is_busy = engine.member.is_busy or (engine.member.is_settled and engine.tidying.is_due)
     return _BUSY_SECONDS if is_busy else _IDLE_SECONDS
 
 

@@ -190,12 +190,17 @@ class GroupService:
     def _link_context(self) -> LinkContext:
         settings, engine, transition = self._settings, self._engine, self._transition
         transports = tuple(Transport) if settings.link_shared_memory else (Transport.TCP,)
+        is_limited = settings.link_bandwidth is not None
         return LinkContext(
             worker_id=settings.worker_id,
             bus=self._bus,
             subjects=self._subjects,
             address=EndpointAddress(
-                settings.link_host, settings.link_advertise, host_id(), transports
+                settings.link_host,
+                settings.link_advertise,
+                host_id(),
+                transports,
+                None if is_limited else engine.memory_file,  # what is read costs no bandwidth
             ),
             config=LinkConfig(bandwidth_bytes_per_second=settings.link_bandwidth),
             handlers=LinkHandlers(

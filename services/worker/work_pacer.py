@@ -7,7 +7,7 @@ wait move ... wait move ... wait move ...                 most of the time while
 from __future__ import annotations
 
 #: One go where no batches run: longer than the wait before it, short for a batch that comes.
-_IDLE_SECONDS = 0.002
+_IDLE_SECONDS = 0.005
 #: What is saved up for one go at least, about what a piece takes, and at most.
 _LEAST_SECONDS = 0.0005
 _MOST_SECONDS = 0.02

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
+import mmap
+import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -19,6 +22,7 @@ from services.worker.links.handshake import HELLO_BYTES, LinkRefusedError
 from services.worker.links.host import host_id
 from services.worker.links.link import StreamLink
 from services.worker.links.messages import LinkAnswer, LinkOffer
+from services.worker.memory.base import FileRun
 from shared.bus.base import Bus
 from shared.bus.memory import MemoryBus, MemoryServer
 from shared.bus.nats import connect as connect_nats
@@ -40,11 +44,12 @@ class Worker:
     host_id: str = field(default_factory=host_id)
     transports: tuple[Transport, ...] = (Transport.SHM, Transport.TCP)
     current: tuple[int, int] = (1, 5)
+    memory: int | None = None
     inbox: Inbox = field(default_factory=Inbox)
     accepted: list[StreamLink] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        address = EndpointAddress("127.0.0.1", "", self.host_id, self.transports)
+        address = EndpointAddress("127.0.0.1", "", self.host_id, self.transports, self.memory)
         handlers = LinkHandlers(self.accepted.append, self.inbox.on_frame, self.inbox.on_down)
         self.endpoint = LinkEndpoint(
             LinkContext(
@@ -125,6 +130,70 @@ async def test_workers_of_one_host_share_memory(bus: Bus, start: Start) -> None:
     with contextlib.closing(await a.open()) as link:
         assert (link.transport, link.fallback) == (Transport.SHM, "")
         await exchange_frames(link, a, b)
+
+
+@contextlib.contextmanager
+def memory_with(data: bytes, seals: int = fcntl.F_SEAL_SHRINK) -> Iterator[int]:
+    """A worker's memory; its file descriptor."""
+    file = os.memfd_create("test", os.MFD_ALLOW_SEALING)
+    try:
+        os.write(file, data.ljust(mmap.PAGESIZE))
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+        yield file
+    finally:
+        os.close(file)
+
+
+def seen_from(link: StreamLink, nbytes: int) -> bytes | None:
+    """What one end sees of the other's memory; None if nothing."""
+    memory = link.peer_memory
+    return None if memory is None else memory.view(FileRun(0, nbytes)).tobytes()
+
+
+async def test_workers_of_one_host_read_each_other(bus: Bus, start: Start) -> None:
+    with memory_with(b"of a") as file_a, memory_with(b"of b") as file_b:
+        a = await start(Worker("a", bus, memory=file_a))
+        b = await start(Worker("b", bus, memory=file_b))
+        with contextlib.closing(await a.open()) as link:
+            await exchange_frames(link, a, b)
+            os.pwrite(file_a, b"now ", 0)
+            assert (seen_from(link, 4), seen_from(b.accepted[0], 4)) == (b"of b", b"now ")
+        await eventually(lambda: not b.accepted[0].is_up and b.accepted[0].peer_memory is None)
+        assert link.peer_memory is None
+
+
+@pytest.mark.parametrize("owner", ["a", "b"])
+async def test_memory_of_one_alone_is_not_shared(bus: Bus, start: Start, owner: str) -> None:
+    with memory_with(b"mine") as file:
+        a = await start(Worker("a", bus, memory=file if owner == "a" else None))
+        b = await start(Worker("b", bus, memory=file if owner == "b" else None))
+        with contextlib.closing(await a.open()) as link:
+            await exchange_frames(link, a, b)
+            assert link.transport is Transport.SHM
+            assert link.peer_memory is None
+            assert b.accepted[0].peer_memory is None
+
+
+async def test_memory_does_not_go_to_other_hosts(bus: Bus, start: Start) -> None:
+    with memory_with(b"of a") as file_a, memory_with(b"of b") as file_b:
+        a = await start(Worker("a", bus, memory=file_a))
+        b = await start(Worker("b", bus, memory=file_b, host_id="elsewhere"))
+        with contextlib.closing(await a.open()) as link:
+            await exchange_frames(link, a, b)
+            assert link.transport is Transport.TCP
+            assert link.peer_memory is None
+
+
+@pytest.mark.parametrize("owner", ["a", "b"])
+async def test_memory_that_could_shrink_is_refused(bus: Bus, start: Start, owner: str) -> None:
+    """Who reads what is gone dies of it."""
+    with memory_with(b"of a") as good, memory_with(b"of b", seals=0) as bad:
+        files = {"a": good, "b": good} | {owner: bad}
+        a = await start(Worker("a", bus, memory=files["a"]))
+        await start(Worker("b", bus, memory=files["b"]))
+        with contextlib.closing(await a.open()) as link:
+            assert link.transport is Transport.TCP
+            assert "shared memory failed" in link.fallback
 
 
 async def test_workers_of_two_hosts_use_tcp(bus: Bus, start: Start) -> None:

@@ -182,6 +182,36 @@ def test_a_range_grows_without_touching_what_is_there(
     reserved.close()
 
 
+def test_populating_changes_no_byte(device: Device, memory: PhysicalMemory) -> None:
+    chunk = memory.chunk_bytes
+    reserved = memory.reserve(4 * chunk)
+    reserved.map(0, ChunkRun(2, 3))
+    device.write(reserved.address + chunk, b"kept")
+    reserved.populate(0, 3)
+    assert device.read(reserved.address + chunk, 4) == b"kept"
+    with pytest.raises(ValueError, match="range of 4"):
+        reserved.populate(2, 3)
+    reserved.close()
+
+
+def test_the_shareable_file_is_the_budget_chunk_after_chunk(
+    device: Device, memory: PhysicalMemory
+) -> None:
+    file = memory.shareable_file
+    if file is None:
+        pytest.skip("this memory is no file")
+    chunk = memory.chunk_bytes
+    reserved = memory.reserve(chunk)
+    reserved.map(0, ChunkRun(5, 1))
+    device.write(reserved.address, b"here")
+    assert os.pread(file, 4, 5 * chunk) == b"here"
+    assert os.fstat(file).st_size == NUM_CHUNKS * chunk
+    for size in (0, 2 * NUM_CHUNKS * chunk):
+        with pytest.raises(PermissionError):
+            os.truncate(file, size)
+    reserved.close()
+
+
 def test_unmapping_what_is_not_mapped_is_harmless(device: Device, memory: PhysicalMemory) -> None:
     chunk = memory.chunk_bytes
     reserved = memory.reserve(2 * chunk)
@@ -246,6 +276,15 @@ class TestCpu:
         assert memory.resident_bytes == 3 * CHUNK
         memory.discard(ChunkRun(0, 2))
         assert memory.resident_bytes == CHUNK
+        reserved.close()
+        memory.close()
+
+    def test_populated_chunks_take_memory_at_once(self) -> None:
+        memory = CpuMemory(NUM_CHUNKS * CHUNK, CHUNK)
+        reserved = memory.reserve(NUM_CHUNKS * CHUNK)
+        reserved.map(0, ChunkRun(0, NUM_CHUNKS))
+        reserved.populate(1, 3)
+        assert memory.resident_bytes == 3 * CHUNK
         reserved.close()
         memory.close()
 

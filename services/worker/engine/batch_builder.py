@@ -1,7 +1,7 @@
 """Fills one batch of one route: who is served, who is admitted, who must give way.
 
-A batch is filled in three passes within `max_num_batched_tokens` and, on a pipeline, within what
-`pacing.py` allows:
+A batch is filled in three passes within `max_num_batched_tokens` and within what `pacing.py` allows
+on a pipeline, or while KV travels:
 1. running requests that decode, one token each, oldest first (a long prefill, also one that
    resumes, never holds up the tokens of the others);
 2. running requests that are not prefilled yet, oldest first;
@@ -66,7 +66,8 @@ class BatchBuilder:
         num_decodes = len(self.scheduled)
         if self._pacer.needs_round:
             self._pacer.begin_round(self._queued_prefill(admits_new))
-        self._prefill_cost = self._pacer.prefill_cost(decode_cost)
+        kv_travels = bool(self._pool.exchanging)
+        self._prefill_cost = self._pacer.prefill_cost(decode_cost, kv_travels=kv_travels)
         self._schedule_prefills()
         if not self.preempted and self._route == self._pool.route:
             self._admit(now, admits_new)

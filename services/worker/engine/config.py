@@ -38,6 +38,9 @@ class SchedulerConfig:
         min_prefill_tokens: on a pipeline, batches have at least this many tokens of prefill on
             average, if so many are queued; fewer would not use the device well.
         overlaps: on a route of one stage, make a batch while the one before it is computed.
+        exchange_prefill_tokens: while KV travels, batches have no more prefill than a new prompt of
+            so many tokens costs. On a device that computes nothing else meanwhile, bytes move
+            between batches only, and requests wait for them. None: no such limit.
     """
 
     max_num_batched_tokens: int
@@ -50,6 +53,7 @@ class SchedulerConfig:
     chunk_policy: ChunkPolicy = ChunkPolicy.LOOKAHEAD
     min_prefill_tokens: int = 64
     overlaps: bool = False
+    exchange_prefill_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError for limits under which requests could not make progress."""
@@ -63,8 +67,11 @@ class SchedulerConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must not be less than"
                 f" max_num_seqs ({self.max_num_seqs})"
             )
-        if self.min_prefill_tokens < 1:
-            raise ConfigError(f"min_prefill_tokens ({self.min_prefill_tokens}) must be at least 1")
+        if self.min_prefill_tokens < 1 or (self.exchange_prefill_tokens or 1) < 1:
+            raise ConfigError(
+                f"min_prefill_tokens ({self.min_prefill_tokens}) and exchange_prefill_tokens"
+                f" ({self.exchange_prefill_tokens}) must be at least 1"
+            )
         if not (0.0 <= self.watermark < 1.0 and 0.0 <= self.recovery_watermark < 1.0):
             raise ConfigError(
                 f"watermark ({self.watermark}) and recovery_watermark"

@@ -108,12 +108,19 @@ class PrefillPacer:
         # Batches that may hold but a few tokens can be smaller than any piece; a first one fits.
         self._batch_cost = max(math.fsum(costs) / len(batches) * growth, self._least_cost)
 
-    def prefill_cost(self, decode_cost: float) -> float:
+    def prefill_cost(self, decode_cost: float, *, kv_travels: bool) -> float:
         """What the prefill of the next batch may cost, in sums of `marginal_cost`.
 
         Args:
             decode_cost: cost of the decodes in the same batch.
+            kv_travels: requests wait for their KV, which moves between batches.
         """
+        cost = self._prefill_cost(decode_cost)
+        if not kv_travels or self._config.exchange_prefill_tokens is None:
+            return cost
+        return min(cost, self._cost_of_new(self._config.exchange_prefill_tokens))
+
+    def _prefill_cost(self, decode_cost: float) -> float:
         if self._num_stages == 1 or self._config.chunk_policy is ChunkPolicy.TOKEN_COUNT:
             return math.inf
         if self._num_batches_left > 0:

@@ -9,12 +9,12 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 
 import structlog
 
 from services.worker.links.base import LinkError, Transport
-from services.worker.links.context import LinkContext, make_link
+from services.worker.links.context import Connection, LinkContext, make_link
 from services.worker.links.handshake import (
     HELLO_BYTES,
     Invitation,
@@ -23,10 +23,16 @@ from services.worker.links.handshake import (
     choose_transport,
     make_welcome,
 )
-from services.worker.links.listeners import listen_tcp, listen_unix, require_same_user
+from services.worker.links.listeners import (
+    close_all,
+    listen_tcp,
+    listen_unix,
+    require_same_user,
+    send_with_files,
+)
 from services.worker.links.messages import LinkAnswer, LinkAnswerStatus, LinkOffer
+from services.worker.links.peer_memory import MappedPeerMemory
 from services.worker.links.shm import ShmStream, create_ring_memory
-from services.worker.links.stream import ByteStream
 from services.worker.links.tcp import TcpStream
 from shared.bus.base import BusMessage, Subscription
 
@@ -97,7 +103,9 @@ class LinkAcceptor:
         own = self._context.address
         choice = choose_transport(offer.transports, offer.host_id, own.transports, own.host_id)
         try:
-            invitation = self._invitations.invite(offer, choice, time.monotonic())
+            invitation = self._invitations.invite(
+                offer, choice, time.monotonic(), shares_memory=own.memory_file is not None
+            )
         except LinkRefusedError as error:
             return LinkAnswer(status=LinkAnswerStatus.NO_TRANSPORT, detail=str(error))
         return LinkAnswer(
@@ -107,6 +115,7 @@ class LinkAcceptor:
             host=own.advertised_host,
             port=self._port,
             socket_name=self._socket_name,
+            shares_memory=invitation.shares_memory,
             link_id=invitation.link_id,
             key=invitation.key,
         )
@@ -134,10 +143,11 @@ class LinkAcceptor:
 
     async def _greet(self, connection: socket.socket, transport: Transport) -> None:
         """Make a link of a connection that says a good hello; close any other."""
+        files: list[int] = []
         try:
             async with asyncio.timeout(_HELLO_SECONDS):
-                invitation = await self._read_hello(connection, transport)
-            stream = _welcome(connection, invitation)
+                invitation = await self._read_hello(connection, transport, files)
+            stream = self._welcome(connection, invitation, files)
         except (LinkError, OSError, TimeoutError) as error:
             self._log.warning("link.refused", transport=transport.value, detail=repr(error))
             connection.close()
@@ -147,21 +157,47 @@ class LinkAcceptor:
             raise
         finally:
             self._greeting -= 1
+            close_all(files)
         link = make_link(self._context, stream, invitation.peer, invitation.fallback)
         self._context.handlers.on_link(link)
         link.start()
 
-    async def _read_hello(self, connection: socket.socket, transport: Transport) -> Invitation:
+    async def _read_hello(
+        self, connection: socket.socket, transport: Transport, files: list[int]
+    ) -> Invitation:
+        """Read a hello and, into `files`, what descriptors come with it."""
         if transport is Transport.SHM:
             require_same_user(connection)
-        loop = asyncio.get_running_loop()
         hello = b""
         while len(hello) < HELLO_BYTES:
-            part = await loop.sock_recv(connection, HELLO_BYTES - len(hello))
+            await _readable(connection)
+            part, received, _, _ = socket.recv_fds(connection, HELLO_BYTES - len(hello), 1)
+            files += received
             if not part:
                 raise LinkRefusedError("the connection ended before its hello")
             hello += part
         return self._invitations.redeem(hello, transport, time.monotonic(), self._context.current())
+
+    def _welcome(
+        self, connection: socket.socket, invitation: Invitation, files: Sequence[int]
+    ) -> Connection:
+        """Answer a good hello; on shared memory the welcome brings the memory along."""
+        welcome = make_welcome(invitation.link_id, invitation.key)
+        if invitation.transport is Transport.TCP:
+            connection.send(welcome)
+            return Connection(TcpStream(connection))
+        memory, memory_file = None, None
+        if invitation.shares_memory:
+            if len(files) != 1:
+                raise LinkRefusedError("the hello came without the peer's memory")
+            memory = MappedPeerMemory(files[0])
+            memory_file = self._context.address.memory_file
+        rings = create_ring_memory()
+        try:
+            send_with_files(connection, welcome, [rings], memory_file)
+            return Connection(ShmStream(connection, rings, is_acceptor=True), memory)
+        finally:
+            os.close(rings)
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(coroutine, name="links")
@@ -169,15 +205,11 @@ class LinkAcceptor:
         task.add_done_callback(self._tasks.discard)
 
 
-def _welcome(connection: socket.socket, invitation: Invitation) -> ByteStream:
-    """Answer a good hello; on shared memory the welcome brings the memory along."""
-    welcome = make_welcome(invitation.link_id, invitation.key)
-    if invitation.transport is Transport.TCP:
-        connection.send(welcome)
-        return TcpStream(connection)
-    file = create_ring_memory()
+async def _readable(connection: socket.socket) -> None:
+    """Wait until there is something to read, or the end."""
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(connection, readable.set)
     try:
-        socket.send_fds(connection, [welcome], [file])
-        return ShmStream(connection, file, is_acceptor=True)
+        await readable.wait()
     finally:
-        os.close(file)
+        loop.remove_reader(connection)

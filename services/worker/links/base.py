@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum, StrEnum
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from services.worker.memory.base import FileRun
 from shared.errors import KunserveError
 
 Buffer = bytes | bytearray | memoryview
@@ -104,6 +108,14 @@ class LinkStats:
     chunk_bytes: int = 0
 
 
+class PeerMemory(Protocol):
+    """The memory of a worker on the same host, which its peer may read."""
+
+    def view(self, run: FileRun) -> NDArray[np.uint8]:  # [nbytes]
+        """The bytes of a run, not copied; ValueError where there are none."""
+        ...
+
+
 class Link(Protocol):
     """A connection to one peer. Frames of one class arrive in the order they were sent."""
 
@@ -115,6 +127,11 @@ class Link(Protocol):
     @property
     def transport(self) -> Transport:
         """What carries the bytes."""
+        ...
+
+    @property
+    def peer_memory(self) -> PeerMemory | None:
+        """The peer's memory, where both may read each other's; None once the link is down."""
         ...
 
     @property

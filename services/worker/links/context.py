@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from services.worker.links.base import DownHandler, FrameHandler, LinkPeer, Transport
+from services.worker.links.base import (
+    DownHandler,
+    FrameHandler,
+    LinkPeer,
+    PeerMemory,
+    Transport,
+)
 from services.worker.links.config import LinkConfig
 from services.worker.links.handshake import DIFFERENT_HOSTS
 from services.worker.links.link import StreamLink
@@ -30,12 +36,14 @@ class EndpointAddress:
             where that is a wildcard.
         host_id: see `host_id()`.
         transports: what may be used.
+        memory_file: of this worker's memory, that peers on this host may read; see PeerMemory.
     """
 
     host: str
     advertise: str
     host_id: str
     transports: tuple[Transport, ...] = (Transport.SHM, Transport.TCP)
+    memory_file: int | None = None
 
     @property
     def advertised_host(self) -> str:
@@ -78,14 +86,31 @@ class LinkContext:
     totals: LinkTotals = field(default_factory=LinkTotals)
 
 
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """What a handshake ends with: a stream, and the peer's memory where both share it."""
+
+    stream: ByteStream
+    memory: PeerMemory | None = None
+
+
 def make_link(
-    context: LinkContext, stream: ByteStream, peer: LinkPeer, fallback: str
+    context: LinkContext, connection: Connection, peer: LinkPeer, fallback: str
 ) -> StreamLink:
     """A link that is not started yet; says in the log what it runs on, loudly if on less."""
+    stream, memory = connection.stream, connection.memory
     log = structlog.get_logger(component="links", worker=context.worker_id, peer=peer.worker_id)
     say = log.info if fallback in ("", DIFFERENT_HOSTS) else log.warning
-    say("link.up", transport=stream.transport.value, epoch=peer.epoch, fallback=fallback)
+    say(
+        "link.up",
+        transport=stream.transport.value,
+        reads_memory=memory is not None,
+        epoch=peer.epoch,
+        fallback=fallback,
+    )
     handlers = context.handlers
-    link = StreamLink(stream, peer, context.config, handlers.on_frame, handlers.on_down, fallback)
+    link = StreamLink(
+        stream, peer, context.config, handlers.on_frame, handlers.on_down, fallback, memory
+    )
     context.totals.add(link)
     return link

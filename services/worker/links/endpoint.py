@@ -10,7 +10,7 @@ import asyncio
 
 from services.worker.links.acceptor import LinkAcceptor
 from services.worker.links.base import LinkError, LinkPeer, Transport
-from services.worker.links.context import LinkContext, make_link
+from services.worker.links.context import Connection, LinkContext, make_link
 from services.worker.links.handshake import LinkRefusedError
 from services.worker.links.link import StreamLink
 from services.worker.links.listeners import connect
@@ -55,16 +55,20 @@ class LinkEndpoint:
     async def _open(self, peer: LinkPeer, timeout_seconds: float) -> StreamLink:
         answer = await self._offer(peer, self._context.address.transports, "", timeout_seconds)
         try:
-            stream = await asyncio.to_thread(connect, answer, timeout_seconds)
+            connection = await self._connect(answer, timeout_seconds)
         except LinkError as error:
             if answer.transport is not Transport.SHM:
                 raise
             reason = f"shared memory failed: {error}"
             answer = await self._offer(peer, (Transport.TCP,), reason, timeout_seconds)
-            stream = await asyncio.to_thread(connect, answer, timeout_seconds)
-        link = make_link(self._context, stream, peer, answer.fallback)
+            connection = await self._connect(answer, timeout_seconds)
+        link = make_link(self._context, connection, peer, answer.fallback)
         link.start()
         return link
+
+    async def _connect(self, answer: LinkAnswer, timeout_seconds: float) -> Connection:
+        memory_file = self._context.address.memory_file
+        return await asyncio.to_thread(connect, answer, memory_file, timeout_seconds)
 
     async def _offer(
         self,
@@ -81,6 +85,7 @@ class LinkEndpoint:
             host_id=self._context.address.host_id,
             transports=transports,
             fallback=fallback,
+            shares_memory=self._context.address.memory_file is not None,
         )
         payload = await self._context.bus.request(
             self._context.subjects.link(peer.worker_id),

@@ -4,7 +4,10 @@
     LinkOffer        ---- bus ---->
                      <--- bus -----            LinkAnswer: link_id, key
     hello  = magic, link_id, MAC(key, "hello") ---->
-                     <----  welcome = magic, MAC(key, "welcome"), on shm with the memfd
+                     <----  welcome = magic, MAC(key, "welcome")
+
+On shared memory file descriptors travel along: with the welcome that of the rings; and, where both
+workers share their memory, with the hello and the welcome those of the memory.
 
 The key never travels beside the bus, and each side proves that it knows it. An invitation is good
 for one connection, for some seconds, and not beyond its epoch.
@@ -87,6 +90,7 @@ class Invitation:
     transport: Transport
     peer: LinkPeer
     fallback: str
+    shares_memory: bool
     expires_at: float
 
 
@@ -96,8 +100,14 @@ class Invitations:
     def __init__(self) -> None:
         self._open: dict[bytes, Invitation] = {}
 
-    def invite(self, offer: LinkOffer, choice: TransportChoice, now: float) -> Invitation:
-        """Give one out. Raises LinkRefusedError where there is no transport."""
+    def invite(
+        self, offer: LinkOffer, choice: TransportChoice, now: float, *, shares_memory: bool
+    ) -> Invitation:
+        """Give one out. Raises LinkRefusedError where there is no transport.
+
+        Args:
+            shares_memory: this worker's memory may be read by others.
+        """
         if choice.transport is None:
             raise LinkRefusedError(f"no transport that both workers can use: {choice.fallback}")
         self._open = {k: each for k, each in self._open.items() if each.expires_at > now}
@@ -107,6 +117,7 @@ class Invitations:
             choice.transport,
             LinkPeer(offer.worker_id, offer.group_id, offer.term, offer.epoch),
             offer.fallback or choice.fallback,
+            choice.transport is Transport.SHM and offer.shares_memory and shares_memory,
             now + INVITATION_SECONDS,
         )
         self._open[invitation.link_id] = invitation

@@ -20,6 +20,7 @@ from services.worker.links.base import (
     LinkFrame,
     LinkPeer,
     LinkStats,
+    PeerMemory,
     Transport,
 )
 from services.worker.links.config import LinkConfig
@@ -36,6 +37,7 @@ class StreamLink:
         stream: connected; the link owns it.
         peer: who is at the other end, as the handshake found.
         fallback: why it is not a faster transport, "" where it is the fastest.
+        peer_memory: the peer's, where both may read each other's.
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class StreamLink:
         on_frame: FrameHandler,
         on_down: DownHandler,
         fallback: str = "",
+        peer_memory: PeerMemory | None = None,
     ) -> None:
         self._stream = stream
         self._peer = peer
         self._fallback = fallback
+        self._peer_memory = peer_memory
         self._close_seconds = config.close_seconds
         self._on_frame = on_frame
         self._on_down = on_down
@@ -75,6 +79,10 @@ class StreamLink:
     def fallback(self) -> str:
         """Why the link does not use a faster transport, "" where it uses the fastest."""
         return self._fallback
+
+    @property
+    def peer_memory(self) -> PeerMemory | None:
+        return self._peer_memory
 
     @property
     def is_up(self) -> bool:
@@ -155,6 +163,7 @@ class StreamLink:
             self._log.exception("link.on_down_failed")
 
     def _free(self) -> None:
+        self._peer_memory = None  # a dead peer's memory is the system's again without it
         self._stream.shutdown()
         self._writer.join(self._close_seconds)
         if not self._writer.is_alive() and self._sender.wait_idle(self._close_seconds):

@@ -6,8 +6,10 @@ import os
 import secrets
 import socket
 import struct
+from collections.abc import Iterable, Sequence
 
 from services.worker.links.base import LinkError, Transport
+from services.worker.links.context import Connection
 from services.worker.links.handshake import (
     WELCOME_BYTES,
     LinkRefusedError,
@@ -15,6 +17,7 @@ from services.worker.links.handshake import (
     make_hello,
 )
 from services.worker.links.messages import LinkAnswer
+from services.worker.links.peer_memory import MappedPeerMemory, open_for_peers
 from services.worker.links.shm import ShmStream
 from services.worker.links.stream import ByteStream
 from services.worker.links.tcp import TcpStream
@@ -56,15 +59,18 @@ def require_same_user(connection: socket.socket) -> None:
         raise LinkRefusedError(f"a process of another user (uid {uid}) connected")
 
 
-def connect(answer: LinkAnswer, timeout_seconds: float) -> ByteStream:
+def connect(answer: LinkAnswer, memory_file: int | None, timeout_seconds: float) -> Connection:
     """Connect to where `answer` says and prove the key. Blocks; meant for a thread.
+
+    Args:
+        memory_file: passed on where the answer says that both workers share their memory.
 
     Raises LinkError.
     """
     try:
         if answer.transport is Transport.SHM:
-            return _connect_unix(answer, timeout_seconds)
-        return _connect_tcp(answer, timeout_seconds)
+            return _connect_unix(answer, memory_file, timeout_seconds)
+        return Connection(_connect_tcp(answer, timeout_seconds))
     except OSError as error:
         raise LinkError(
             f"cannot connect over {answer.transport.value}: {error.strerror or error}"
@@ -88,24 +94,44 @@ def _connect_tcp(answer: LinkAnswer, timeout_seconds: float) -> ByteStream:
         raise
 
 
-def _connect_unix(answer: LinkAnswer, timeout_seconds: float) -> ByteStream:
+def _connect_unix(
+    answer: LinkAnswer, memory_file: int | None, timeout_seconds: float
+) -> Connection:
+    shared = memory_file if answer.shares_memory else None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     files: list[int] = []
     try:
         connection.settimeout(timeout_seconds)
         connection.connect(f"\0{answer.socket_name}")
         require_same_user(connection)
-        connection.sendall(make_hello(answer.link_id, answer.key))
-        welcome, files, _, _ = socket.recv_fds(connection, WELCOME_BYTES, 1)
+        send_with_files(connection, make_hello(answer.link_id, answer.key), [], shared)
+        welcome, files, _, _ = socket.recv_fds(connection, WELCOME_BYTES, 2)
         if not welcome:
             raise LinkRefusedError("the peer refused the connection")
         check_welcome(welcome, answer.link_id, answer.key)
-        if len(files) != 1:
+        if len(files) != (1 if shared is None else 2):
             raise LinkRefusedError("the peer's welcome came without its shared memory")
-        return ShmStream(connection, files[0], is_acceptor=False)
+        memory = None if shared is None else MappedPeerMemory(files[1])
+        return Connection(ShmStream(connection, files[0], is_acceptor=False), memory)
     except BaseException:
         connection.close()
         raise
     finally:
-        for file in files:
-            os.close(file)
+        close_all(files)
+
+
+def send_with_files(
+    connection: socket.socket, data: bytes, files: Sequence[int], memory_file: int | None
+) -> None:
+    """Send a few bytes and, with them, descriptors; that of the memory can only read."""
+    shared = [] if memory_file is None else [open_for_peers(memory_file)]
+    try:
+        socket.send_fds(connection, [data], [*files, *shared])
+    finally:
+        close_all(shared)
+
+
+def close_all(files: Iterable[int]) -> None:
+    """Close descriptors."""
+    for file in files:
+        os.close(file)

@@ -24,6 +24,7 @@ class LinkOffer(Message):
     host_id: str = Field(description="equal on workers that can share memory, see host.py")
     transports: tuple[Transport, ...]
     fallback: str = Field(default="", description="why a faster transport is not offered")
+    shares_memory: bool = Field(default=False, description="the peer may read this worker's KV")
 
 
 class LinkAnswerStatus(StrEnum):
@@ -44,5 +45,6 @@ class LinkAnswer(Message):
     host: str = ""
     port: int = 0
     socket_name: str = Field(default="", description="abstract unix socket, without the NUL")
+    shares_memory: bool = Field(default=False, description="both pass each other their memory")
     link_id: bytes = b""
     key: bytes = b""

@@ -13,7 +13,7 @@ bookkeeping of owners; that is the ledger's part.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,13 @@ class ChunkRun:
 
     first: int
     count: int
+
+
+class FileRun(NamedTuple):
+    """The bytes `[offset, offset + nbytes)` of a `shareable_file`."""
+
+    offset: int
+    nbytes: int
 
 
 class VirtualRange(Protocol):
@@ -58,6 +65,10 @@ class VirtualRange(Protocol):
         """
         ...
 
+    def populate(self, position: int, count: int) -> None:
+        """Take now what the first touch of mapped chunks would cost, page by page, later."""
+        ...
+
     def close(self) -> None:
         """Unmap everything and give the addresses back. Idempotent."""
         ...
@@ -74,6 +85,14 @@ class PhysicalMemory(Protocol):
     @property
     def num_chunks(self) -> int:
         """Chunks of the budget."""
+        ...
+
+    @property
+    def shareable_file(self) -> int | None:
+        """A file that is the budget, chunk after chunk, and that nobody can shrink.
+
+        Another process of this machine may map it. None where the device has nothing like that.
+        """
         ...
 
     def reserve(self, nbytes: int) -> VirtualRange:

@@ -11,6 +11,7 @@ ctypes on libc, because Python's mmap module neither reserves nor maps at a give
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import weakref
@@ -24,6 +25,8 @@ _PROT_NONE = 0
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _FALLOC_KEEP_SIZE_AND_PUNCH_HOLE = 0x01 | 0x02
+_MADV_POPULATE_WRITE = 23
+_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _NOTHING = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 
@@ -45,6 +48,8 @@ class _LibC:
         ]
         self._munmap = library.munmap
         self._munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self._madvise = library.madvise
+        self._madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         self._fallocate = library.fallocate
         self._fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
@@ -66,6 +71,10 @@ class _LibC:
         """Give addresses back."""
         if self._munmap(address, nbytes) != 0:
             raise _failure("release addresses of", nbytes)
+
+    def populate(self, address: int, nbytes: int) -> None:
+        """Map all pages. A kernel before 5.14 does not know how: then each touch maps one."""
+        self._madvise(address, nbytes, _MADV_POPULATE_WRITE)
 
     def punch_hole(self, file: int, offset: int, nbytes: int) -> None:
         """Drop a part of `file`; it reads as zeros afterwards."""
@@ -117,9 +126,11 @@ class CpuMemory:
         self._libc = _LibC()
         nbytes = self._num_chunks * chunk_bytes
         try:
-            self._file = os.memfd_create("kunserve-memory", os.MFD_CLOEXEC)
+            flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+            self._file = os.memfd_create("kunserve-memory", flags)
             self._closer = weakref.finalize(self, os.close, self._file)
             os.truncate(self._file, nbytes)
+            fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, _SEALS)
         except OSError as error:
             raise DeviceMemoryError(
                 f"cannot create {nbytes} bytes of memory: {error.strerror}"
@@ -134,6 +145,11 @@ class CpuMemory:
     def num_chunks(self) -> int:
         """Chunks of the budget."""
         return self._num_chunks
+
+    @property
+    def shareable_file(self) -> int:
+        """The file: a peer that maps it cannot be killed by its end, for its size is sealed."""
+        return self._file
 
     @property
     def resident_bytes(self) -> int:
@@ -172,6 +188,13 @@ class CpuRange(ReservedRange):
         """Map nothing over `count` chunks from `position` on."""
         address, nbytes = self._part(position, count)
         self._libc.map_nothing(address, nbytes)
+
+    def populate(self, position: int, count: int) -> None:
+        """Map the pages of `count` chunks from `position` on, a quarter of what faults would take.
+
+        Pages that the file does not have yet are allocated, too.
+        """
+        self._libc.populate(*self._part(position, count))
 
     def close(self) -> None:
         """Give the addresses back."""

@@ -112,6 +112,10 @@ class CudaMemory:
         """Chunks of the budget."""
         return self._num_chunks
 
+    @property
+    def shareable_file(self) -> None:
+        """There is none: each chunk would be a file of its own."""
+
     def reserve(self, nbytes: int) -> VirtualRange:
         """Reserve addresses for at least `nbytes`."""
         return CudaRange(self._driver, self._handles, self._chunk_bytes, nbytes)
@@ -161,6 +165,10 @@ class CudaRange(ReservedRange):
         for run in coalesce(mapped):
             self._driver.unmap(*self._part(run.first, run.count))
             self._mapped.difference_update(range(run.first, run.first + run.count))
+
+    def populate(self, position: int, count: int) -> None:
+        """Nothing but a check: a device has no faults to spare."""
+        self._part(position, count)
 
     def close(self) -> None:
         """Give the addresses back."""

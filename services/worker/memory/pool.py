@@ -9,7 +9,7 @@
 The chunks of a dropped layer are mapped behind the KV of the remaining layers; restoring takes them
 back and maps them at the arena's old addresses. No address ever changes and nothing is copied, so
 kernels, block tables and tensors need not know. What chunks leave behind is a stale mapping, which
-is taken away later (`mapping.py`).
+is taken away later, and their pages in the new place are populated later (`mapping.py`): `tidy`.
 
 What the KV gets is not zeroed: it may hold old weights. Our CPU kernel reads only rows that were
 written; a device whose kernel multiplies unused rows by zero must clear what it maps.
@@ -19,14 +19,17 @@ The engine thread calls this, at batch boundaries only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from services.worker.memory.base import PhysicalMemory
+from services.worker.memory.base import ChunkRun, FileRun, PhysicalMemory
 from services.worker.memory.errors import DeviceMemoryError, LedgerIntegrityError
 from services.worker.memory.ledger import ChunkLedger, Owner, OwnerKind
 from services.worker.memory.mapping import RangeMapping
 from services.worker.memory.sizing import chunks_for, even_growth
+
+#: What `tidy` does in one go: some hundred microseconds of work.
+_TIDY_BYTES = 2 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,12 @@ class MemoryPool:
         self._mappings: dict[Owner, RangeMapping] = {}
         self._arenas: dict[str, Arena] = {}
         self._regions: dict[int, KvRegion] = {}
+        self._filled: set[int] = set()  # chunks that held weights, so that their pages are there
+
+    @property
+    def shareable_file(self) -> int | None:
+        """A file that is the budget, where the device has one; see `PhysicalMemory`."""
+        return self._physical.shareable_file
 
     @property
     def budget_bytes(self) -> int:
@@ -133,6 +142,10 @@ class MemoryPool:
         if not self.is_mapped(name):
             self._map_tail(owner, chunks_for(self._arenas[name].nbytes, self.chunk_bytes))
 
+    def locate_arena(self, name: str, start: int, end: int) -> list[FileRun]:
+        """Where the bytes `[start, end)` of a mapped arena lie in `shareable_file`."""
+        return self._locate(self._weights_of(name), start, end)
+
     def _weights_of(self, name: str) -> Owner:
         if name not in self._arenas:
             raise ValueError(f"there is no arena {name!r}")
@@ -183,12 +196,26 @@ class MemoryPool:
             self._map_tail(self._kv_of(layer), count)
         return self.num_kv_blocks(layers)
 
+    def populate_kv(self, layers: Iterable[int], num_blocks: int) -> None:
+        """Populate the first blocks of `layers`, as far as that is due: they are about to be used.
+
+        Blocks are handed out lowest first, so those below are in use or will be next.
+        """
+        for layer in layers:
+            size = num_blocks * self._regions[layer].block_bytes
+            self._mappings[self._kv_of(layer)].populate_to(chunks_for(size, self.chunk_bytes))
+
     def shrink_kv(self, layers: Sequence[int], num_blocks: int) -> None:
         """Free the chunks of `layers` that hold nothing of their first `num_blocks` blocks."""
         for layer in layers:
             owner = self._kv_of(layer)
             kept = chunks_for(num_blocks * self._regions[layer].block_bytes, self.chunk_bytes)
             self._release_tail(owner, max(0, self._ledger.count(owner) - kept))
+
+    def locate_kv(self, layer: int, first_block: int, end_block: int) -> list[FileRun]:
+        """Where mapped blocks `[first_block, end_block)` of a layer lie in `shareable_file`."""
+        block_bytes = self._regions[layer].block_bytes
+        return self._locate(self._kv_of(layer), first_block * block_bytes, end_block * block_bytes)
 
     @staticmethod
     def _kv_of(layer: int) -> Owner:
@@ -216,6 +243,27 @@ class MemoryPool:
         self.unmap_stale(self.stale_bytes)
         for run in self._ledger.free_runs():
             self._physical.discard(run)
+            self._filled.difference_update(_chunks(run))
+
+    @property
+    def is_populated(self) -> bool:
+        """True if nothing is to be populated yet."""
+        return not any(mapping.num_unpopulated for mapping in self._mappings.values())
+
+    @property
+    def is_tidy(self) -> bool:
+        """True if nothing is put off."""
+        return self.is_populated and not any(each.num_stale for each in self._mappings.values())
+
+    def tidy(self) -> None:
+        """Do a little of what was put off, that first which saves time to whoever uses the memory.
+
+        Raises:
+            DeviceMemoryError: the system refused.
+        """
+        coldest = max(self._mappings.values(), key=lambda mapping: mapping.num_unpopulated)
+        if not coldest.populate(max(1, _TIDY_BYTES // self.chunk_bytes)):
+            self.unmap_stale(_TIDY_BYTES)
 
     def check_integrity(self) -> None:
         """Raise LedgerIntegrityError unless every chunk is free or has one owner, who maps it."""
@@ -243,11 +291,15 @@ class MemoryPool:
         """Assign chunks and map them behind those that `owner` has: all of them or none."""
         runs = self._ledger.assign(owner, count)
         self.num_changes += 1
+        chunks = {chunk for run in runs for chunk in _chunks(run)}
+        is_kv = owner.kind is OwnerKind.KV
         try:
-            self._mappings[owner].extend(runs)
+            self._mappings[owner].extend(runs, populates=is_kv and chunks <= self._filled)
         except DeviceMemoryError:
             self._ledger.release_tail(owner, count)
             raise
+        if not is_kv:
+            self._filled |= chunks
 
     def _release_tail(self, owner: Owner, count: int) -> None:
         """Free the last `count` chunks of `owner`; what maps them is stale from now on."""
@@ -255,3 +307,21 @@ class MemoryPool:
             self.num_changes += 1
             self._mappings[owner].release(count)
             self._ledger.release_tail(owner, count)
+
+    def _locate(self, owner: Owner, start: int, end: int) -> list[FileRun]:
+        """Where bytes of an owner's range lie in the file: chunk by chunk, neighbours joined."""
+        chunks, size = self._ledger.owners.get(owner, []), self.chunk_bytes
+        if not 0 <= start <= end <= len(chunks) * size:
+            raise ValueError(f"bytes [{start}, {end}) of the {owner} are not mapped")
+        runs: list[FileRun] = []
+        for index in range(start // size, -(-end // size)):
+            first, last = max(start, index * size), min(end, (index + 1) * size)
+            offset, nbytes = chunks[index] * size + first - index * size, last - first
+            if runs and sum(runs[-1]) == offset:
+                offset, nbytes = runs[-1].offset, runs.pop().nbytes + nbytes
+            runs.append(FileRun(offset, nbytes))
+        return runs
+
+
+def _chunks(run: ChunkRun) -> range:
+    return range(run.first, run.first + run.count)

@@ -179,6 +179,9 @@ class ModelRunner:
         Args:
             source: the launch before, whose tokens may not be known yet.
         """
+        if not self.pool.is_populated:
+            end_block = max(max(one.block_table) for one in slices) + 1
+            self.pool.populate_kv(range(self.span.start, self.span.end), end_block)
         source_ids = None if source is None else source.token_ids
         return make_batch(slices, self.block_size, self._queue.place, source_ids)
 

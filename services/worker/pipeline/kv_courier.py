@@ -1,34 +1,51 @@
 """Carries requests' KV between the members of a group, as the leader orders. Engine thread.
 
     order seen by all members --> source: gather, send     destination: room made, parts awaited
-                                             \\--KvPart------------> scatter, last one: filled
+                                             \\--KvPart------------> wait, write, tell of the last
+                                     may send more <--KvTaken-------------'
 
-A request's KV travels in parts of a few layers each, gathered one by one between two batches: the
-link sends one while the next is gathered, and small buffers are used again where large ones would
-be new pages each time. Orders come down the chain and parts come directly, so a part may be early;
-then it waits. A part whose request is gone is discarded.
+Of members that may read each other's memory, the source sends where the blocks lie instead. They
+must stay there until they are taken: `is_read` says so to whoever would move them.
+
+A request's KV travels in small parts, gathered one by one between two batches: the link sends one
+while the next is gathered, and small buffers are used again where large ones would be new pages
+each time. What has come waits, too, so that a batch behind it does not wait for it to be written; a
+window bounds what may lie in buffers beside the budget. Orders come down the chain and parts come
+directly, so a part may be early. A part whose request is gone is discarded.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from services.worker.engine.request import KvKey
+from services.worker.engine.routes import Transfer
 from services.worker.links.base import Buffer, LinkClass
 from services.worker.model.runner import ModelRunner
-from services.worker.pipeline.kv_transfer import as_buffer, gather_kv, layer_parts, scatter_kv
-from services.worker.pipeline.messages import FrameKind, KvPart, Order
+from services.worker.pipeline.kv_transfer import (
+    PART_BYTES,
+    READ_PART_BYTES,
+    as_buffer,
+    cut_parts,
+    gather_kv,
+    locate_kv,
+    read_kv,
+    scatter_kv,
+)
+from services.worker.pipeline.messages import FrameKind, KvPart, KvTaken, Order
 from services.worker.pipeline.peers import GroupPeers
 from services.worker.work_pacer import WorkPacer
 
 #: The blocks of a key on this worker, in token order; None if it has none (any more).
 TableLookup = Callable[[KvKey], Sequence[int] | None]
 
-#: Share of the time that sending may take while batches run: requests stand still meanwhile.
-_SHARE = 0.25
+#: Share of the time that sending and writing may take while batches run: requests stand still
+#: meanwhile.
+_SHARE = 0.5
+_WINDOW_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -47,23 +64,38 @@ class KvCourier:
         began_at: when the first order came, on the clock of `time.perf_counter`.
     """
 
-    def __init__(self, peers: GroupPeers, runner: ModelRunner, lookup: TableLookup) -> None:
+    def __init__(
+        self,
+        peers: GroupPeers,
+        runner: ModelRunner,
+        lookup: TableLookup,
+        on_filled: Callable[[KvKey], None],
+        window_bytes: int = _WINDOW_BYTES,
+    ) -> None:
+        """Begin.
+
+        Args:
+            on_filled: everything that an order sends here of a key is written.
+            window_bytes: sent to one member and not taken by it yet, about.
+        """
         self.num_bytes = 0
         self.began_at: float | None = None
         self._peers = peers
         self._runner = runner
         self._lookup = lookup
+        self._on_filled = on_filled
+        self._window_bytes = window_bytes
         self._serial = 0
         self._awaited: dict[int, _Awaited] = {}  # by serial
+        self._arrived: deque[tuple[KvPart, Buffer]] = deque()
         self._early: list[tuple[KvPart, Buffer]] = []
         self._outgoing: dict[str, deque[KvPart]] = {}  # by destination
+        self._in_transit: Counter[str] = Counter()  # bytes by destination
+        self._taken: Counter[str] = Counter()  # bytes by source, not told yet
         self._pacer = WorkPacer(time.perf_counter(), _SHARE, runner.activity)
 
-    def obey(self, order: Order) -> list[KvKey]:
+    def obey(self, order: Order) -> None:
         """Note what to send, and what will come; room for that has been made.
-
-        Returns:
-            Keys all of whose parts are here, because they were early.
 
         Raises:
             KeyError: this worker has nothing of a request whose KV it shall send.
@@ -73,84 +105,150 @@ class KvCourier:
         here = self._peers.worker_id
         num_awaited = 0
         for transfer in order.transfers:
-            parts = self._parts(order, transfer.start, transfer.end)
-            if transfer.destination == here:
-                num_awaited += len(parts)
-            elif transfer.source == here:
+            source, destination = transfer.source, transfer.destination
+            if destination == here:
+                num_awaited += len(self._parts(order, transfer, source))
+            elif source == here:
                 if self._lookup(order.key) is None:
                     raise KeyError(f"no KV of request {order.key.request_id} is here")
-                self._outgoing.setdefault(transfer.destination, deque()).extend(parts)
-        if num_awaited:
-            self._forget_gone()
-            self._awaited[order.serial] = _Awaited(order.key, num_awaited)
+                self._start(destination, self._parts(order, transfer, destination))
+        self._await(order, num_awaited)
         early, self._early = self._early, []
-        return [key for part, buffer in early for key in self.take(part, buffer)]
+        for part, buffer in early:
+            self.take(part, buffer)
 
-    def take(self, part: KvPart, buffer: Buffer) -> list[KvKey]:
-        """Write a part into the cache; returns its key if it was the last one awaited."""
-        if part.serial > self._serial:
-            self._early.append((part, buffer))
-            return []
-        awaited, table = self._awaited.get(part.serial), self._lookup(part.key)
-        if awaited is None or table is None:
-            return []
-        self.num_bytes += len(buffer)
-        scatter_kv(self._runner, self._covering(table, part), part.start, part.end, buffer)
-        awaited.num_parts -= 1
-        if awaited.num_parts:
-            return []
-        del self._awaited[part.serial]
-        return [part.key]
+    def take(self, part: KvPart, buffer: Buffer) -> None:
+        """Keep a part until there is time to write it."""
+        parts = self._arrived if part.serial <= self._serial else self._early
+        parts.append((part, buffer))
+
+    def taken(self, message: KvTaken) -> None:
+        """A member has room for more."""
+        self._in_transit[message.worker_id] -= message.num_bytes
+
+    @property
+    def is_read(self) -> bool:
+        """True while a member may be reading blocks here: they must stay where they are."""
+        return any(
+            num_bytes > 0 and self._peers.memory_of(destination) is not None
+            for destination, num_bytes in self._in_transit.items()
+        )
 
     @property
     def is_busy(self) -> bool:
-        """True while `pump` has something to send."""
-        return any(self._outgoing.values())
+        """True while `pump` has something to write or to send."""
+        return bool(self._arrived) or any(self._ready_destinations())
 
     def pump(self) -> None:
-        """Gather and send for as long as it may take now, and as long as the links take it."""
+        """Write and send in turn for as long as it may take now, and as long as links take it."""
         if not self.is_busy:
             return
         now = time.perf_counter()
         ends_at = now + self._pacer.grant(now)
-        for destination, parts in self._outgoing.items():
-            while parts and now < ends_at and not self._is_clogged(destination):
-                self._send(destination, parts.popleft())
-                now = time.perf_counter()
+        while now < ends_at and self.is_busy:
+            if self._arrived:
+                self._take_in(*self._arrived.popleft())
+            for destination in self._ready_destinations():
+                self._send(destination, self._outgoing[destination].popleft())
+            now = time.perf_counter()
         self._pacer.used(now)
+
+    # --- sending ---------------------------------------------------------------------------------
+
+    def _start(self, destination: str, parts: list[KvPart]) -> None:
+        """Tell at once where to read; what is to be gathered waits until there is time for it."""
+        if self._peers.memory_of(destination) is None:
+            self._outgoing.setdefault(destination, deque()).extend(parts)
+            return
+        for part in parts:
+            self._send(destination, part)
+
+    def _ready_destinations(self) -> Iterator[str]:
+        """Members that something is to be sent to and that take it now."""
+        for destination, parts in self._outgoing.items():
+            is_open = self._in_transit[destination] < self._window_bytes
+            if parts and is_open and not self._peers.is_clogged(destination, LinkClass.EXCHANGE):
+                yield destination
 
     def _send(self, destination: str, part: KvPart) -> None:
         table = self._lookup(part.key)
         if table is None:  # nobody wants it any more
             return
-        gathered = gather_kv(self._runner, self._covering(table, part), part.start, part.end)
-        self.num_bytes += gathered.nbytes
-        self._peers.send_bulk(
-            destination, LinkClass.EXCHANGE, FrameKind.KV_PART, part, as_buffer(gathered)
-        )
+        blocks = table[slice(*part.blocks)]
+        buffers: list[Buffer] = []
+        if self._peers.memory_of(destination) is not None:
+            runs = tuple(locate_kv(self._runner, blocks, *part.layers))
+            part = part.model_copy(update={"runs": runs})
+        else:
+            buffers = [as_buffer(gather_kv(self._runner, blocks, *part.layers))]
+        self.num_bytes += self._num_bytes(part)
+        self._in_transit[destination] += self._num_bytes(part)
+        self._peers.send_bulk(destination, LinkClass.EXCHANGE, FrameKind.KV_PART, part, *buffers)
 
-    def _is_clogged(self, destination: str) -> bool:
-        return self._peers.is_clogged(destination, LinkClass.EXCHANGE)
-
-    def _parts(self, order: Order, start: int, end: int) -> list[KvPart]:
-        """The parts of a transfer; the same at both ends."""
+    def _parts(self, order: Order, transfer: Transfer, peer: str) -> list[KvPart]:
+        """The parts of a transfer, as many at both ends; `peer` is at the other one."""
         num_blocks = -(-order.num_tokens // self._runner.block_size)
+        part_bytes = PART_BYTES if self._peers.memory_of(peer) is None else READ_PART_BYTES
+        shapes = cut_parts(
+            transfer.start, transfer.end, num_blocks, self._runner.kv_block_bytes, part_bytes
+        )
         return [
             KvPart(
                 serial=order.serial,
                 key=order.key,
-                num_tokens=order.num_tokens,
-                start=first,
-                end=last,
+                source=transfer.source,
+                layers=shape.layers,
+                blocks=shape.blocks,
             )
-            for first, last in layer_parts(start, end, num_blocks * self._runner.kv_block_bytes)
+            for shape in shapes
         ]
 
-    def _forget_gone(self) -> None:
-        """Await nothing more for requests that are gone: their parts may never come."""
-        gone = [serial for serial, each in self._awaited.items() if not self._lookup(each.key)]
-        for serial in gone:
-            del self._awaited[serial]
+    def _num_bytes(self, part: KvPart) -> int:
+        (first, last), (start, end) = part.blocks, part.layers
+        return (end - start) * (last - first) * self._runner.kv_block_bytes
 
-    def _covering(self, table: Sequence[int], part: KvPart) -> Sequence[int]:
-        return table[: -(-part.num_tokens // self._runner.block_size)]
+    # --- receiving -------------------------------------------------------------------------------
+
+    def _await(self, order: Order, num_parts: int) -> None:
+        """Await the parts of an order, and no more those of requests that are gone or moved on."""
+        self._awaited = {
+            serial: each
+            for serial, each in self._awaited.items()
+            if each.key != order.key and self._lookup(each.key) is not None
+        }
+        if num_parts:
+            self._awaited[order.serial] = _Awaited(order.key, num_parts)
+
+    def _take_in(self, part: KvPart, buffer: Buffer) -> None:
+        """Write a part into the cache, if its request is still there."""
+        awaited, table = self._awaited.get(part.serial), self._lookup(part.key)
+        if awaited is not None and table is not None:
+            if not self._write(part, buffer, table[slice(*part.blocks)]):
+                return
+            awaited.num_parts -= 1
+        self._tell_taken(part)
+        if awaited is not None and awaited.num_parts == 0:
+            del self._awaited[part.serial]
+            self._on_filled(part.key)
+
+    def _write(self, part: KvPart, buffer: Buffer, blocks: Sequence[int]) -> bool:
+        """False where the link has just gone down: its group is about to break."""
+        if part.runs:
+            memory = self._peers.memory_of(part.source)
+            if memory is None:
+                return False
+            read_kv(self._runner, blocks, *part.layers, memory, part.runs)
+        else:
+            scatter_kv(self._runner, blocks, *part.layers, buffer)
+        self.num_bytes += self._num_bytes(part)
+        return True
+
+    def _tell_taken(self, part: KvPart) -> None:
+        """Say what was taken, but not too often while there is more."""
+        self._taken[part.source] += self._num_bytes(part)
+        if self._arrived and self._taken[part.source] < self._window_bytes / 4:
+            return
+        for source, num_bytes in self._taken.items():
+            message = KvTaken(worker_id=self._peers.worker_id, num_bytes=num_bytes)
+            self._peers.send(source, FrameKind.KV_TAKEN, message)
+        self._taken.clear()

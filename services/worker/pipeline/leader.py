@@ -33,7 +33,6 @@ from services.worker.pipeline.messages import (
     FrameKind,
     GiveBack,
     HandOver,
-    KvPart,
     Order,
     Quiesce,
     Release,
@@ -74,7 +73,7 @@ class PipelineLeader:
         self._flush_releases = flush_releases
         self._timer = PhaseTimer(emit)
         self._was_idle = True
-        self._traffic = BulkTraffic(peers, runner, self._table)
+        self._traffic = BulkTraffic(peers, runner, self._table, self._note_filled)
         self._in_flight: dict[int, SchedulerOutput] = {}
         self._num_orders = 0
         self._retreats = Retreats(peers, runner, scheduler)
@@ -112,19 +111,14 @@ class PipelineLeader:
             case FrameKind.CAPACITY:
                 capacity = Capacity.decode(frame.header)
                 self._scheduler.blocks.add_capacity(capacity.worker_id, capacity.num_blocks)
-            case FrameKind.KV_PART:
-                part = KvPart.decode(frame.header)
-                self._note_filled(self._traffic.kv.take(part, frame.buffers[0]))
             case FrameKind.FILLED:
                 self._filled(Filled.decode(frame.header))
             case FrameKind.TAKEN_OVER:
                 self._taken_over(TakenOver.decode(frame.header))
             case FrameKind.SHRINK_REQUEST:
                 self._shrink_requests.append(ShrinkRequest.decode(frame.header))
-            case FrameKind.WEIGHTS_REQUEST | FrameKind.WEIGHTS:
-                self._traffic.weights.handle(frame)
             case _:
-                raise ValueError(f"a leader has no use for a frame of kind {frame.kind}")
+                self._traffic.handle(frame)
         return None
 
     def pump(self) -> None:
@@ -297,16 +291,15 @@ class PipelineLeader:
         )
         self._flush_releases()  # first: what this order takes may be what they free
         self.peers.send_next(FrameKind.ORDER, order)
-        self._note_filled(self._traffic.kv.obey(order))
+        self._traffic.kv.obey(order)
 
     def make_room(self) -> None:
         """Let the stages use the memory of KV that has travelled, where that is enough by now."""
-        if self._preparation is None:
+        if self._preparation is None and not self._traffic.kv.is_read:
             self._retreats.order()
 
-    def _note_filled(self, keys: Sequence[KvKey]) -> None:
-        for key in keys:
-            self._scheduler.relocation.filled(key, self.peers.worker_id)
+    def _note_filled(self, key: KvKey) -> None:
+        self._scheduler.relocation.filled(key, self.peers.worker_id)
 
     def _table(self, key: KvKey) -> Sequence[int] | None:
         request = self._exchanging(key)

@@ -293,6 +293,11 @@ class GroupMember:
         return items
 
     @property
+    def is_settled(self) -> bool:
+        """True if no bytes are on their way from one layout to another."""
+        return self._unsettled is None and not self.is_busy
+
+    @property
     def is_busy(self) -> bool:
         """True while there is something to do that nobody will announce."""
         return self._reload is not None or any(role.is_busy for role in self._roles.values())

@@ -2,7 +2,7 @@
 
     leader --Microbatch, hidden--> stage 1 --Microbatch, hidden--> ... last --Tokens--> leader
     leader --Release, Order, Settle--> stage 1 --> stage 2 --> ...      down the chain, in order
-    any    --KvPart--> any --Filled--> leader                           one request's KV
+    any    --KvPart--> any --KvTaken--> sender, --Filled--> leader      one request's KV
     any    --WeightsRequest--> any --WeightsPart--> asker               when layers are loaded
     follower --HandOver--> leader                                       once, when it has committed
     leader --HandOver--> who leads next --TakenOver--> leader           once, when it has committed
@@ -23,6 +23,7 @@ from pydantic import Field
 
 from services.worker.engine.request import KvKey
 from services.worker.engine.routes import RouteStage, Transfer
+from services.worker.memory.base import FileRun
 from shared.messages import TokenItem, TokenLogprobs
 from shared.sampling import SamplingParams
 from shared.wire import Message, WireModel
@@ -48,6 +49,7 @@ class FrameKind(IntEnum):
     WEIGHTS_REQUEST = 15
     WEIGHTS = 16  # bytes of an arena, from the offset on
     RETREAT = 17
+    KV_TAKEN = 18
 
 
 class RowMessage(WireModel):
@@ -112,13 +114,26 @@ class Order(Message):
 
 
 class KvPart(Message):
-    """KV of the layers `[start, end)` of one request, in the buffer."""
+    """KV of one request: `blocks` of its block table, of `layers`; half-open.
+
+    Attributes:
+        runs: where it lies in the source's memory, which stays so until it is taken; without it, it
+            is in the buffer.
+    """
 
     serial: int
     key: KvKey
-    num_tokens: int
-    start: int
-    end: int
+    source: str
+    layers: tuple[int, int]
+    blocks: tuple[int, int]
+    runs: tuple[FileRun, ...] = ()
+
+
+class KvTaken(Message):
+    """`worker_id` needs so many bytes of parts no more, because they are written or not wanted."""
+
+    worker_id: str
+    num_bytes: int
 
 
 class Filled(Message):
@@ -142,10 +157,14 @@ class WeightsRequest(Message):
 
 
 class WeightsPart(Message):
-    """Some of what a request asked for, in the buffer, or why it is not given."""
+    """Some of what a request asked for, or why it is not given.
+
+    It is in the buffer, or at `runs` of the giver's memory, for as long as that has the arena.
+    """
 
     serial: int
     offset: int
+    runs: tuple[FileRun, ...] = ()
     error: str = ""
 
 

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from services.worker.engine.routes import Route
-from services.worker.links.base import Buffer, Link, LinkClass, LinkDownError, LinkFrame
+from services.worker.links.base import (
+    Buffer,
+    Link,
+    LinkClass,
+    LinkDownError,
+    LinkFrame,
+    PeerMemory,
+)
 from services.worker.pipeline.messages import FrameKind
 from shared.layout import GroupPlan, Span
 from shared.wire import Message
@@ -98,11 +105,15 @@ class GroupPeers:
         link_class: LinkClass,
         kind: FrameKind,
         message: Message,
-        buffer: Buffer,
+        *buffers: Buffer,
     ) -> None:
-        """Queue KV or weights for a member; the buffer must not change any more."""
-        self._bulk[worker_id, link_class].append(self._frame(kind, message, (buffer,)))
+        """Queue KV or weights for a member; the buffers must not change any more."""
+        self._bulk[worker_id, link_class].append(self._frame(kind, message, buffers))
         self.push_bulk()
+
+    def memory_of(self, worker_id: str) -> PeerMemory | None:
+        """The memory of a member that may be read, and that in turn may read this worker's."""
+        return self._links[worker_id].peer_memory
 
     def is_clogged(self, worker_id: str, link_class: LinkClass) -> bool:
         """True while something of a bulk class waits for room on the link to a member."""

@@ -24,7 +24,6 @@ from services.worker.pipeline.messages import (
     FrameKind,
     GiveBack,
     HandOver,
-    KvPart,
     Microbatch,
     Order,
     Quiesce,
@@ -74,10 +73,11 @@ class FollowerStage:
         self._emit = emit
         self._on_release = on_release
         self._timer = PhaseTimer(emit)
-        self._traffic = BulkTraffic(peers, runner, self._table)
+        self._traffic = BulkTraffic(peers, runner, self._table, self._tell_filled)
         self._batches = StageBatches(peers, runner, self._blocks)
         self._restoration: Restoration | None = None
         self._gone: set[KvKey] = set()
+        self._kept: Sequence[KvKey] | None = None  # all that layers given up are to keep
         self._early: list[HandOver] = []
         self._state = _StageState.SERVING
         self._is_settled = False
@@ -108,9 +108,6 @@ class FollowerStage:
                 self._release(Release.decode(frame.header))
             case FrameKind.ORDER:
                 self._obey(Order.decode(frame.header))
-            case FrameKind.KV_PART:
-                part = KvPart.decode(frame.header)
-                self._tell_filled(self._traffic.kv.take(part, frame.buffers[0]))
             case FrameKind.RETREAT:
                 self._retreat(Retreat.decode(frame.header))
             case FrameKind.SETTLE:
@@ -123,10 +120,8 @@ class FollowerStage:
                 self._adopt(HandOver.decode(frame.header), now)
             case FrameKind.DISSOLVE:
                 self._dissolve(Dissolve.decode(frame.header))
-            case FrameKind.WEIGHTS_REQUEST | FrameKind.WEIGHTS:
-                self._traffic.weights.handle(frame)
             case _:
-                raise ValueError(f"a follower has no use for a frame of kind {frame.kind}")
+                self._traffic.handle(frame)
 
     def pump(self) -> None:
         """Answer with tokens, load a part of the model, lend what is free, send KV: what is due."""
@@ -134,6 +129,7 @@ class FollowerStage:
         if self._restoration is not None:
             self._restoration.pump()
         elif self._state is _StageState.SERVING:
+            self._retreat_if_possible()
             self._offer_free()
         self._traffic.pump()
 
@@ -152,7 +148,7 @@ class FollowerStage:
 
     def prepare(self, regrouping: Regrouping) -> None:
         """Get what is needed next and is missing here, when the leader has made room."""
-        own = self.peers.worker_id
+        own, self._kept = self.peers.worker_id, None
         span = regrouping.span_after(own)
         restoration = Restoration(
             self._runner, self._traffic.weights, self._emit, regrouping.epoch, span
@@ -229,10 +225,13 @@ class FollowerStage:
 
     def _retreat(self, message: Retreat) -> None:
         self.peers.send_next(FrameKind.RETREAT, message)
-        keys = message.keys.get(self.peers.worker_id)
-        is_free = self._state is _StageState.SERVING and self._restoration is None
-        if keys is not None and is_free:
-            retreat(self._runner, self._scheduler, self._blocks.owners_of(keys))
+        self._kept = message.keys.get(self.peers.worker_id, self._kept)
+
+    def _retreat_if_possible(self) -> None:
+        """Do what the leader wants as soon as nobody reads what may move."""
+        if self._kept is not None and not self._traffic.kv.is_read:
+            retreat(self._runner, self._scheduler, self._blocks.owners_of(self._kept))
+            self._kept = None
 
     def _note_settled(self, message: Settle) -> None:
         self.peers.send_next(FrameKind.SETTLE, message)
@@ -264,7 +263,7 @@ class FollowerStage:
         try:
             if any(transfer.destination == here for transfer in order.transfers):
                 self._blocks.extend(order.key, order.num_tokens)
-            self._tell_filled(self._traffic.kv.obey(order))
+            self._traffic.kv.obey(order)
         except Exception as error:  # one request's misfortune
             self._log.exception("KV cannot travel", request=order.key.request_id)
             self._send_filled(Filled(key=order.key, worker_id=here, error=str(error)))
@@ -275,9 +274,8 @@ class FollowerStage:
         except KeyError:
             return None
 
-    def _tell_filled(self, keys: Sequence[KvKey]) -> None:
-        for key in keys:
-            self._send_filled(Filled(key=key, worker_id=self.peers.worker_id))
+    def _tell_filled(self, key: KvKey) -> None:
+        self._send_filled(Filled(key=key, worker_id=self.peers.worker_id))
 
     def _send_filled(self, filled: Filled) -> None:
         self.peers.send(self.peers.leader, FrameKind.FILLED, filled)

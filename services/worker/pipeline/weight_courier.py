@@ -7,17 +7,22 @@
 
 An arena's bytes are the same on all workers that pack alike, so they travel as they are. They are
 copied before they are sent: their owner may give the layer up at any time. Engine thread.
+
+Who may read the owner's memory asks where the arena lies, copies it from there, and asks again: if
+the owner still has it then, it has had it all the time.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 
+import numpy as np
 import torch
 
-from services.worker.links.base import Buffer, LinkClass, LinkFrame
+from services.worker.links.base import Buffer, LinkClass, LinkFrame, PeerMemory
+from services.worker.memory.base import FileRun
 from services.worker.memory.tensors import tensor_at
 from services.worker.model.plan import ArenaPlan
 from services.worker.model.runner import ModelRunner
@@ -46,6 +51,7 @@ class WeightCourier:
     def __init__(self, peers: GroupPeers, runner: ModelRunner) -> None:
         self._peers = peers
         self._stage = runner.stage
+        self._pool = runner.pool
         self._asked: deque[WeightsRequest] = deque()
         self._serial = 0
         self._arrived: deque[tuple[WeightsPart, Buffer]] = deque()
@@ -91,6 +97,11 @@ class WeightCourier:
             refusal = WeightsPart(serial=request.serial, offset=request.start, error=error)
             self._peers.send(request.worker_id, FrameKind.WEIGHTS, refusal)
             return
+        if self._peers.memory_of(request.worker_id) is not None:
+            runs = self._pool.locate_arena(request.arena, request.start, request.end)
+            place = WeightsPart(serial=request.serial, offset=request.start, runs=tuple(runs))
+            self._peers.send(request.worker_id, FrameKind.WEIGHTS, place)
+            return
         end = min(request.start + _PIECE_BYTES, request.end)
         piece = arena[request.start : end].cpu().clone()
         part = WeightsPart(serial=request.serial, offset=request.start)
@@ -112,19 +123,23 @@ class WeightCourier:
         Raises:
             WeightsNotGivenError: nobody has it, or who has it does not send it.
         """
+        holder = self._holder(arena.name)
+        if holder is None:
+            raise WeightsNotGivenError(f"no other member has {arena.name}")
+        memory = self._peers.memory_of(holder)
         try:
+            if memory is not None:
+                yield from self._read(arena, address, holder, memory)
+                return
             for start in range(0, arena.layout.nbytes, _WINDOW_BYTES):
                 end = min(start + _WINDOW_BYTES, arena.layout.nbytes)
-                self._ask(arena, start, end)
+                self._ask(holder, arena, start, end)
                 yield from self._write(address, end - start)
         finally:
             self._serial += 1  # what still comes is not wanted
             self._arrived.clear()
 
-    def _ask(self, arena: ArenaPlan, start: int, end: int) -> None:
-        holder = self._holder(arena.name)
-        if holder is None:
-            raise WeightsNotGivenError(f"no other member has {arena.name}")
+    def _ask(self, holder: str, arena: ArenaPlan, start: int, end: int) -> None:
         request = WeightsRequest(
             serial=self._serial,
             worker_id=self._peers.worker_id,
@@ -136,24 +151,44 @@ class WeightCourier:
         )
         self._peers.send(holder, FrameKind.WEIGHTS_REQUEST, request)
 
+    def _read(
+        self, arena: ArenaPlan, address: int, holder: str, memory: PeerMemory
+    ) -> Iterator[int]:
+        """Copy an arena out of the memory of who has it."""
+        nbytes = arena.layout.nbytes
+        self._ask(holder, arena, 0, nbytes)
+        part, _ = yield from self._answer()
+        target = tensor_at(address, (nbytes,), torch.uint8).numpy()
+        position = 0
+        for run in _pieces(part.runs):
+            np.copyto(target[position : position + run.nbytes], memory.view(run))
+            position += run.nbytes
+            yield run.nbytes
+        self._ask(holder, arena, nbytes, nbytes)
+        yield from self._answer()
+
     def _write(self, address: int, num_missing: int) -> Iterator[int]:
-        heard_at = time.monotonic()
+        """Write what comes of a window."""
         while num_missing > 0:
-            if self._arrived:
-                part, buffer = self._arrived.popleft()
-                if part.error:
-                    raise WeightsNotGivenError(part.error)
-                source = torch.frombuffer(buffer, dtype=torch.uint8)
-                tensor_at(
-                    address + part.offset, (len(source),), torch.uint8, self._stage.device
-                ).copy_(source)
-                num_missing -= len(source)
-                heard_at = time.monotonic()
-                yield len(source)
-            elif time.monotonic() - heard_at > _PATIENCE_SECONDS:
+            part, buffer = yield from self._answer()
+            source = torch.frombuffer(buffer, dtype=torch.uint8)
+            tensor_at(address + part.offset, (len(source),), torch.uint8, self._stage.device).copy_(
+                source
+            )
+            num_missing -= len(source)
+            yield len(source)
+
+    def _answer(self) -> Generator[int, None, tuple[WeightsPart, Buffer]]:
+        """What has come; yields 0 while nothing has."""
+        asked_at = time.monotonic()
+        while not self._arrived:
+            if time.monotonic() - asked_at > _PATIENCE_SECONDS:
                 raise WeightsNotGivenError(f"nothing came for {_PATIENCE_SECONDS:g} s")
-            else:
-                yield 0
+            yield 0
+        part, buffer = self._arrived.popleft()
+        if part.error:
+            raise WeightsNotGivenError(part.error)
+        return part, buffer
 
     def _holder(self, arena_name: str) -> str | None:
         for member in self._peers.group.members:
@@ -161,3 +196,10 @@ class WeightCourier:
             if not is_here and arena_name in self._stage.arena_names(member.span):
                 return member.worker_id
         return None
+
+
+def _pieces(runs: Sequence[FileRun]) -> Iterator[FileRun]:
+    """The same bytes, no piece of which takes long to copy."""
+    for offset, nbytes in runs:
+        for start in range(0, nbytes, _PIECE_BYTES):
+            yield FileRun(offset + start, min(_PIECE_BYTES, nbytes - start))

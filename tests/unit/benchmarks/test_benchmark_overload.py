@@ -19,7 +19,14 @@ from shared.layout import Change, GroupPlan, LayoutState, MemberPlan, Plan, Plan
 from shared.messages import LoadReport
 
 SCALING = Scaling(
-    context=0.5, output=1.0, time=1.5, until_seconds=60.0, base_per_second=0.3, base_seconds=90.0
+    context=0.5,
+    output=1.0,
+    time=1.5,
+    until_seconds=60.0,
+    base_per_second=0.3,
+    base_seconds=90.0,
+    max_context_tokens=1024,
+    max_output_tokens=512,
 )
 BURST_TOKENS = 50_000
 

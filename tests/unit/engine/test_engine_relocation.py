@@ -92,6 +92,29 @@ class TestRoutes:
             Route("bad", stages)
 
 
+class TestShortBatches:
+    """Bytes move between batches, so batches are short while requests wait for theirs."""
+
+    @pytest.mark.parametrize("limit", [6, None])
+    def test_prefill_is_limited_until_the_kv_is_there(self, limit: int | None) -> None:
+        scheduler, _ = make_scheduler(
+            num_blocks=64,
+            route=HERE,
+            max_num_batched_tokens=40,
+            exchange_prefill_tokens=limit,  # type: ignore[arg-type]
+        )
+        (travelling,) = _running(scheduler, 8)
+        _grant(scheduler, 64)
+        scheduler.relocation.enter(PIPELINE)
+        scheduler.relocation.park_running()
+        scheduler.add(make_request("new", 200, 1.0))
+        assert len(scheduler.relocation.start_exchanges(1)) == 1
+        assert (scheduler.schedule(0.0).num_scheduled_tokens <= 6) is (limit is not None)
+        scheduler.relocation.filled(travelling.kv_key, "w1")
+        batch = scheduler.schedule(0.0)
+        assert travelling in [item.request for item in batch.scheduled]
+
+
 class TestDrop:
     """Running requests wait for their KV; new ones do not."""
 

@@ -62,7 +62,7 @@ def invitations() -> Invitations:
 
 @pytest.fixture
 def invitation(invitations: Invitations) -> Invitation:
-    return invitations.invite(OFFER, TransportChoice(TCP, "why"), now=100.0)
+    return invitations.invite(OFFER, TransportChoice(TCP, "why"), now=100.0, shares_memory=False)
 
 
 def hello(invitation: Invitation) -> bytes:
@@ -112,9 +112,22 @@ def test_the_worker_may_be_behind_the_offer(
 def test_expired_invitations_are_forgotten(
     invitations: Invitations, invitation: Invitation
 ) -> None:
-    invitations.invite(OFFER, TransportChoice(TCP, ""), now=100.0 + INVITATION_SECONDS)
+    later = 100.0 + INVITATION_SECONDS
+    invitations.invite(OFFER, TransportChoice(TCP, ""), later, shares_memory=False)
     with pytest.raises(LinkRefusedError, match="invited"):
         invitations.redeem(hello(invitation), TCP, 101.0, CURRENT)
+
+
+@pytest.mark.parametrize("transport", Transport)
+@pytest.mark.parametrize("offered", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_memory_is_shared_where_both_want_to_and_can(
+    invitations: Invitations, transport: Transport, offered: bool, own: bool
+) -> None:
+    offer = OFFER.model_copy(update={"shares_memory": offered})
+    choice = TransportChoice(transport, "")
+    invitation = invitations.invite(offer, choice, now=100.0, shares_memory=own)
+    assert invitation.shares_memory is (transport is SHM and offered and own)
 
 
 def test_the_acceptor_proves_itself_too(invitation: Invitation) -> None:

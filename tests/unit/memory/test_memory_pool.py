@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from hypothesis import settings
@@ -142,6 +144,20 @@ def test_resident_memory_never_exceeds_the_budget_and_trimming_gives_free_chunks
     assert ctypes.string_at(model.arenas[3].address, 4) == b"\x01" * 4
 
 
+def test_an_arena_is_found_in_the_file(model: Model) -> None:
+    pool, file = model.pool, model.memory.shareable_file
+    arena = model.arenas[1]
+    ctypes.memmove(arena.address, bytes(range(250)) * 500, ARENA)
+    runs = pool.locate_arena("layer 1", 100, ARENA)
+    found = b"".join(os.pread(file, nbytes, offset) for offset, nbytes in runs)
+    assert found == ctypes.string_at(arena.address + 100, ARENA - 100)
+    with pytest.raises(ValueError, match="not mapped"):
+        pool.locate_arena("layer 1", 0, 2 * CHUNK + 1)
+    pool.drop_arena("layer 1")
+    with pytest.raises(ValueError, match="not mapped"):
+        pool.locate_arena("layer 1", 0, ARENA)
+
+
 def test_chunks_change_hands_before_their_old_mapping_goes(model: Model) -> None:
     pool = model.pool
     pool.drop_arena("layer 0")
@@ -155,6 +171,23 @@ def test_chunks_change_hands_before_their_old_mapping_goes(model: Model) -> None
     pool.unmap_stale(CHUNK)
     assert pool.stale_bytes == 0
     assert not any(is_accessible(model.arenas[layer].address) for layer in (0, 1))
+
+
+def test_only_chunks_that_held_weights_are_populated(model: Model) -> None:
+    """The pages of others may not be there: populating would take memory that nobody needs yet."""
+    pool = model.pool
+    for arena in model.arenas:
+        ctypes.memset(arena.address, 1, ARENA)
+    resident = model.memory.resident_bytes
+    pool.grow_kv_evenly(range(NUM_LAYERS))
+    assert pool.is_tidy
+    pool.drop_arena("layer 0")
+    pool.grow_kv_evenly((2, 3))
+    assert not pool.is_tidy
+    while not pool.is_tidy:
+        pool.tidy()
+    assert model.memory.resident_bytes == resident
+    assert pool.stale_bytes == 0
 
 
 def test_an_arena_that_returns_shows_its_new_chunks(model: Model) -> None:
@@ -301,6 +334,27 @@ class PoolMachine(RuleBasedStateMachine):
         self.model.pool.unmap_stale(num_chunks * CHUNK)
         unmapped = min(max(1, num_chunks) * CHUNK, before)
         assert self.model.pool.stale_bytes == before - unmapped
+
+    @rule()
+    def tidy(self) -> None:
+        """Everything that was put off is done in so many goes; more are harmless."""
+        for _ in range(40):
+            self.model.pool.tidy()
+        assert self.model.pool.is_tidy
+
+    @rule(layer=st.integers(0, NUM_LAYERS - 1), first=st.integers(0, 20), count=st.integers(1, 20))
+    def locate(self, layer: int, first: int, count: int) -> None:
+        """The bytes of blocks are in the file where the pool says, in as few runs as there are."""
+        end = min(first + count, self.num_blocks[layer])
+        if first >= end:
+            return
+        runs = self.model.pool.locate_kv(layer, first, end)
+        found = b"".join(
+            os.pread(self.model.memory.shareable_file, nbytes, offset) for offset, nbytes in runs
+        )
+        region = self.model.regions[layer]
+        assert found == b"".join(_block(region, block) for block in range(first, end))
+        assert not any(sum(run) == after.offset for run, after in pairwise(runs))
 
     @staticmethod
     def _value(layer: int, block: int) -> int:

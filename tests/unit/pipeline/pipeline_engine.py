@@ -17,6 +17,7 @@ from services.worker.engine.routes import Route
 from services.worker.engine.scheduler import Scheduler
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.links.base import DownReason, Link, LinkFrame
+from services.worker.links.peer_memory import MappedPeerMemory
 from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.events import GroupEvent, HandedOver
 from services.worker.pipeline.handover import pack_request
@@ -48,6 +49,13 @@ def make_requests(num: int, max_tokens: int = 20) -> list[Request]:
         )
         for index in range(num)
     ]
+
+
+def memory_of(runner: ModelRunner) -> MappedPeerMemory:
+    """A worker's memory as others on the same host see it."""
+    file = runner.pool.shareable_file
+    assert file is not None
+    return MappedPeerMemory(file)
 
 
 @dataclass

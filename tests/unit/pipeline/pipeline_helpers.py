@@ -24,7 +24,7 @@ from tests.conftest import DEADLINE_SECONDS
 from tests.link_peer import connected_sockets, make_stream
 from tests.tiny_models import NUM_LAYERS
 from tests.unit.model.model_helpers import BUDGET_BYTES, open_runner
-from tests.unit.pipeline.pipeline_engine import Engine, make_engine
+from tests.unit.pipeline.pipeline_engine import Engine, make_engine, memory_of
 
 
 @dataclass
@@ -262,6 +262,7 @@ def _link(
     )
     os.close(memory)
     config = LinkConfig(bandwidth_bytes_per_second=bandwidth, silence_seconds=30.0)
+    reads_memory = transport is Transport.SHM and bandwidth is None  # as workers do
     links = tuple(
         StreamLink(
             stream,
@@ -269,6 +270,7 @@ def _link(
             config,
             own.on_frame,
             own.on_down,
+            peer_memory=memory_of(peer.runner) if reads_memory else None,
         )
         for stream, own, peer in zip(streams, (near, far), (far, near), strict=True)
     )

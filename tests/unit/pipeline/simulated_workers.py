@@ -28,7 +28,14 @@ from services.worker.engine_thread import (
 )
 from services.worker.facts import model_facts
 from services.worker.identity import Identity
-from services.worker.links.base import DownReason, LinkClass, LinkDownError, LinkFrame, LinkPeer
+from services.worker.links.base import (
+    DownReason,
+    LinkClass,
+    LinkDownError,
+    LinkFrame,
+    LinkPeer,
+    PeerMemory,
+)
 from services.worker.links.endpoint import LinkEndpoint
 from services.worker.links.handshake import LinkRefusedError
 from services.worker.links.link import StreamLink
@@ -47,7 +54,7 @@ from services.worker.pipeline.messages import FrameKind, HandOver
 from services.worker.transition import Transition
 from shared.layout import Plan, Span
 from shared.messages import PlanAck, TokenItem, WorkerInfo, WorkerState
-from tests.unit.pipeline.pipeline_engine import make_engine
+from tests.unit.pipeline.pipeline_engine import make_engine, memory_of
 
 #: Bulk frames that a link takes before it refuses more.
 _MOST_BULK = 2
@@ -59,9 +66,16 @@ class SimLink:
 
     owner: SimWorker
     peer: LinkPeer
+    shares_memory: bool
     other: SimLink | None = None
     is_up: bool = True
     waiting: deque[tuple[LinkClass, LinkFrame]] = field(default_factory=deque)
+
+    @property
+    def peer_memory(self) -> PeerMemory | None:
+        if not (self.shares_memory and self.is_up) or self.other is None:
+            return None
+        return self.other.owner.memory
 
     def send(self, frame: LinkFrame, link_class: LinkClass, on_released: object = None) -> bool:
         """Let a frame wait; buffers are copied, so that nobody can change them any more."""
@@ -110,9 +124,10 @@ class SimEndpoint:
         other = self.workers[peer.worker_id]
         if (peer.term, peer.epoch) < other.transition.committed:
             raise LinkRefusedError(f"{peer.worker_id} has a newer plan")
-        near = SimLink(self.owner, peer)
+        shares_memory = len(self.links) % 4 == 0  # some links do, some do not
+        near = SimLink(self.owner, peer, shares_memory)
         own_name = LinkPeer(self.owner.worker_id, peer.group_id, peer.term, peer.epoch)
-        far = SimLink(other, own_name, near)
+        far = SimLink(other, own_name, shares_memory, near)
         near.other = far
         self.links += [near, far]
         other.transition.links.on_link(cast(StreamLink, far))
@@ -133,6 +148,7 @@ class SimWorker:
     ) -> None:
         self.worker_id = worker_id
         self.engine = make_engine(worker_id, runner, late=late)
+        self.memory = memory_of(runner)
         self.placement = Placement()
         self.transition = Transition(
             worker_id, self.placement, cast(EngineThread, self), lambda: None

@@ -35,16 +35,17 @@ def test_a_pipeline_gives_the_tokens_of_a_replica(
         cluster.check()
 
 
+@pytest.mark.parametrize("transport", Transport)  # KV is read out of memory, or sent
 @pytest.mark.parametrize(
     ("name", "num_workers"), [("llama", 2), ("qwen2-tied", 2), ("phi3-window", 3), ("llama", 4)]
 )
 def test_streams_live_through_a_drop(
-    tiny_models: TinyModels, kernels: CpuKernels, name: str, num_workers: int
+    tiny_models: TinyModels, kernels: CpuKernels, name: str, num_workers: int, transport: Transport
 ) -> None:
     """Their homes are all the workers of the group."""
     directory = tiny_models.directory(name)
     expected = undisturbed(directory, kernels, make_requests(9))
-    with open_cluster(directory, kernels, num_workers, num_tokens=24) as cluster:
+    with open_cluster(directory, kernels, num_workers, transport, num_tokens=24) as cluster:
         requests = make_requests(9)
         for position in range(num_workers):
             add(cluster, requests[position::num_workers], at=position)

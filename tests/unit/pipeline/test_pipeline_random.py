@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.worker.kernels.cpu import CpuKernels
+from services.worker.links.base import Transport
 from services.worker.pipeline.events import Prepared
 from tests.tiny_models import NUM_LAYERS, TinyModels
 from tests.unit.pipeline.pipeline_engine import make_requests, undisturbed
@@ -85,15 +86,19 @@ def scripts(draw: st.DrawFn) -> tuple[int, list[object]]:
 @settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(script=scripts())
+@given(script=scripts(), transport=st.sampled_from(Transport))
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
 def test_tokens_stay_the_same_on_any_way_through_layouts(
-    tiny_models: TinyModels, kernels: CpuKernels, script: tuple[int, list[object]], late: bool
+    tiny_models: TinyModels,
+    kernels: CpuKernels,
+    script: tuple[int, list[object]],
+    transport: Transport,
+    late: bool,
 ) -> None:
     """Also with a device that computes by itself: nobody moves what a batch in flight needs."""
     directory = tiny_models.directory("llama")
     num_workers, steps = script
-    with open_cluster(directory, kernels, num_workers, late=late) as cluster:
+    with open_cluster(directory, kernels, num_workers, transport, late=late) as cluster:
         cancelled = play(cluster, steps)
         cluster.run()
         cluster.check()

@@ -6,6 +6,7 @@ import pytest
 
 from services.worker.engine.request import Request
 from services.worker.kernels.cpu import CpuKernels
+from services.worker.links.base import Transport
 from services.worker.pipeline.events import Phase, PhaseTimed, Prepared
 from shared.layout import Span
 from tests.tiny_models import NUM_LAYERS, TinyModels
@@ -15,15 +16,16 @@ from tests.unit.pipeline.pipeline_helpers import add, expect, open_cluster
 WHOLE = (Span(start=0, end=NUM_LAYERS),)
 
 
+@pytest.mark.parametrize("transport", Transport)  # weights and KV are read, or sent
 @pytest.mark.parametrize(
     ("name", "num_workers"), [("llama", 2), ("qwen2-tied", 2), ("phi3-window", 3)]
 )
 def test_streams_live_through_a_restore(
-    tiny_models: TinyModels, kernels: CpuKernels, name: str, num_workers: int
+    tiny_models: TinyModels, kernels: CpuKernels, name: str, num_workers: int, transport: Transport
 ) -> None:
     directory = tiny_models.directory(name)
     expected = undisturbed(directory, kernels, make_requests(10, 60))
-    with open_cluster(directory, kernels, num_workers) as cluster:
+    with open_cluster(directory, kernels, num_workers, transport) as cluster:
         blocks = [engine.runner.num_blocks for engine in cluster.engines]
         requests = make_requests(10, 60)
         add(cluster, requests[:5])

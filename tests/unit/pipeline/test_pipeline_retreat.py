@@ -6,6 +6,7 @@ import pytest
 
 from services.worker.engine.request import Request
 from services.worker.kernels.cpu import CpuKernels
+from services.worker.links.base import Transport
 from tests.tiny_models import VOCAB_SIZE, TinyModels
 from tests.unit.model.model_helpers import random_tokens
 from tests.unit.model.request_helpers import make_request
@@ -33,13 +34,16 @@ def fill(cluster: Cluster, requests: list[Request]) -> None:
     cluster.run(lambda: all(cluster.tokens(request.request_id) for request in requests))
 
 
+@pytest.mark.parametrize("transport", Transport)  # KV is read out of memory, or sent
 @pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
 def test_all_kv_travels_although_it_does_not_fit_at_once(
-    tiny_models: TinyModels, kernels: CpuKernels, name: str
+    tiny_models: TinyModels, kernels: CpuKernels, name: str, transport: Transport
 ) -> None:
     directory = tiny_models.directory(name)
     expected = undisturbed(directory, kernels, filling(2 * NUM_REQUESTS))
-    with open_cluster(directory, kernels, memory_bytes=MEMORY_BYTES, num_tokens=256) as cluster:
+    with open_cluster(
+        directory, kernels, transport=transport, memory_bytes=MEMORY_BYTES, num_tokens=256
+    ) as cluster:
         requests = filling(2 * NUM_REQUESTS)
         fill(cluster, requests)
         cluster.change([0, 1])
