@@ -41,8 +41,9 @@ lint: $(DEV_STAMP) ## check style, types and import rules
 bench: $(DEV_STAMP) ## measure serving speed: ARGS='--help' lists the options
 	$(BIN)/python -m benchmarks.serving $(ARGS)
 
-bench-gpu: $(SERVE_STAMP) ## measure the model on one GPU: ARGS='--shape qwen2.5-14b'
-	$(BIN)/python -m benchmarks.gpu $(ARGS)
+bench-gpu: $(SERVE_STAMP) ## measure one GPU, alone and in a burst: SHAPE=qwen2.5-14b
+	$(BIN)/python -m benchmarks.gpu $(if $(SHAPE),--shape '$(SHAPE)')
+	$(BIN)/python -m benchmarks.gpu_burst $(if $(SHAPE),--shape '$(SHAPE)')
 
 clean: ## remove the environment and what the tools left
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

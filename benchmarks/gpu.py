@@ -7,7 +7,9 @@ nothing.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +25,14 @@ from benchmarks.gpu_measure import (
     measure_drop,
     measure_prefill,
 )
-from benchmarks.gpu_model import SHAPES, random_model
+from benchmarks.gpu_model import SHAPES, model_config, random_model
+from benchmarks.gpu_throughput import (
+    Workload,
+    measure_ours,
+    render_throughput,
+    run_theirs,
+    transformers_model,
+)
 from benchmarks.machine import inspect_machine, versions
 from benchmarks.report import Report, Table, milliseconds
 from services.worker.device import default_chunk_bytes, select_device
@@ -35,25 +44,45 @@ from shared.errors import ConfigError
 BATCH_SIZES = (1, 32, 128)
 CONTEXT = 1024
 NUM_PROMPTS, PROMPT_LENGTH = 8, 2048
+WORKLOADS = (Workload(32, 256, 256), Workload(128, 512, 128))
 COPY_BYTES = 4 * 1024**3
 MATMUL_SIZE = 8192
 
 
 def measure(
-    report: Report, runner: ModelRunner, bytes_per_second: float, operations_per_second: float
+    report: Report,
+    runner: ModelRunner,
+    bytes_per_second: float,
+    operations_per_second: float,
+    theirs_seconds: Mapping[Workload, float],
 ) -> dict[str, object]:
     """All tables; the model has given up half of its layers afterwards."""
     decode = [measure_decode(runner, size, CONTEXT) for size in BATCH_SIZES]
     report.add(render_decode(decode, bytes_per_second))
     prefill = measure_prefill(runner, NUM_PROMPTS, PROMPT_LENGTH)
     report.add(render_prefill(prefill, operations_per_second))
+    throughput = [
+        measure_ours(runner, workload, NUM_PROMPTS * PROMPT_LENGTH, seconds)
+        for workload, seconds in theirs_seconds.items()
+    ]
+    report.add(render_throughput(throughput))
     drop = measure_drop(runner)
     report.add(render_drop(drop))
     return {
         "decode": [asdict(one) for one in decode],
         "prefill": asdict(prefill),
+        "throughput": [asdict(one) for one in throughput],
         "drop": asdict(drop),
     }
+
+
+def measure_theirs(
+    shape: str, dtype: torch.dtype, device: torch.device, workloads: Sequence[Workload]
+) -> dict[Workload, float]:
+    """Seconds that transformers' continuous batching takes; its memory is free again afterwards."""
+    model = transformers_model(shape, dtype, device)
+    vocab_size = model_config(shape).vocab_size
+    return {workload: run_theirs(model, workload, vocab_size) for workload in workloads}
 
 
 def render_decode(findings: list[DecodeFinding], bytes_per_second: float) -> str:
@@ -97,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
     report.add(
         f"{arguments.shape}, bf16, random weights; {torch.cuda.get_device_name(device)},"
         f" {free_bytes / 2**30:.0f} GiB free; {inspect_machine().describe()};"
-        f" {versions(['torch', 'triton', 'cuda-bindings'])}."
+        f" {versions(['torch', 'triton', 'cuda-bindings', 'transformers'])}."
     )
     bytes_per_second = copy_rate(device, COPY_BYTES)
     operations_per_second = matmul_rate(device, torch.bfloat16, MATMUL_SIZE)
@@ -105,6 +134,8 @@ def run(arguments: argparse.Namespace) -> None:
         f"Copy {bytes_per_second / 1e12:.2f} TB/s (read + written), bf16 product of"
         f" {MATMUL_SIZE}² {operations_per_second / 1e12:.0f} TFLOP/s."
     )
+    theirs_seconds = measure_theirs(arguments.shape, torch.bfloat16, device, WORKLOADS)
+    gc.collect()  # the models of transformers refer to themselves
     torch.cuda.empty_cache()
     memory_bytes = int(arguments.memory_share * torch.cuda.mem_get_info(device)[0])
     runner = random_model(
@@ -114,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
         default_chunk_bytes(device, memory_bytes),
         NUM_PROMPTS * PROMPT_LENGTH,
     )
-    found = measure(report, runner, bytes_per_second, operations_per_second)
+    found = measure(report, runner, bytes_per_second, operations_per_second, theirs_seconds)
     runner.close()
     rates = {"copy": bytes_per_second, "matmul": operations_per_second}
     report.save(arguments.out, {"shape": arguments.shape, "rates": rates, **found})

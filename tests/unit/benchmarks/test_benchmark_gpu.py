@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.gpu import render_decode, render_drop, render_prefill
+from benchmarks.gpu import measure_theirs, render_decode, render_drop, render_prefill
 from benchmarks.gpu_measure import (
     copy_rate,
     matmul_rate,
@@ -16,6 +16,7 @@ from benchmarks.gpu_measure import (
     measure_prefill,
 )
 from benchmarks.gpu_model import random_model
+from benchmarks.gpu_throughput import Workload, measure_ours, render_throughput
 from services.worker.kernels.torch_kernels import TorchKernels
 from services.worker.model.runner import ModelRunner
 from tests.torch_ops import TorchOps
@@ -55,6 +56,17 @@ def test_a_drop_gives_half_of_the_layers_to_the_kv(runner: ModelRunner) -> None:
     assert found.dropped_bytes >= 2 * 4 * LAYER_WEIGHTS
     assert found.blocks_after > found.blocks_before
     assert str(found.blocks_after) in render_drop(found)
+
+
+def test_the_same_work_for_both_engines(runner: ModelRunner) -> None:
+    workload = Workload(num_requests=3, prompt_tokens=5, output_tokens=4)
+    theirs = measure_theirs("tiny", torch.float32, CPU, [workload])
+    found = measure_ours(runner, workload, 64, theirs[workload])
+    assert found.num_tokens == 3 * 4
+    assert min(found.ours_seconds, found.serial_seconds, found.theirs_seconds) > 0
+    table = render_throughput([found])
+    assert "3 x 5 + 4" in table
+    assert f"{12 / theirs[workload]:.0f}" in table
 
 
 def test_more_sequences_than_blocks_are_refused(runner: ModelRunner) -> None:
