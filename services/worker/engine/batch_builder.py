@@ -173,7 +173,17 @@ class BatchBuilder:
             return False
         if self._is_ahead:
             return may_follow(request, self._config.max_model_len)
-        return not request.is_in_flight
+        return not request.is_in_flight or self._has_next_chunk(request)
+
+    def _has_next_chunk(self, request: Request) -> bool:
+        """True for a prompt in flight of which more may follow: every stage keeps the order.
+
+        Not on the route of a former layout, which requests are to leave between two batches.
+        """
+        return request.num_pending_tokens == 0 and self._route == self._pool.route
+
+    def _can_give_way(self, request: Request) -> bool:
+        return request.status is RequestStatus.RUNNING and not request.is_in_flight
 
     # --- blocks ----------------------------------------------------------------------------------
 
@@ -200,7 +210,7 @@ class BatchBuilder:
         def helps(candidate: Request) -> bool:
             return any(blocks.holds(candidate, worker_id) for worker_id in short)
 
-        running = filter(self._is_ready, self._pool.running.after(request))
+        running = filter(self._can_give_way, self._pool.running.after(request))
         for candidates in (running, self._pool.parked):
             helpful = filter(helps, candidates)
             victim = min(helpful, key=lambda other: other.num_computed_tokens, default=None)

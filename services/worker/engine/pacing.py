@@ -6,8 +6,7 @@ A worker alone (one stage) takes all it can: then pacing sets no limit. On a pip
 - prefill is spread too: a batch takes a small part of the cost of all that is queued, so that one
   that admits a prompt lasts no longer than those around it. When a lot is queued, the parts are
   planned in rounds by the lookahead formulation (`microbatches.py`). A round sets how much a batch
-  takes, not which request: a request is in at most one batch, so while its last chunk is in flight,
-  the next requests take its place.
+  takes, not which request: prompts are taken in order, chunk behind chunk.
 """
 
 from __future__ import annotations

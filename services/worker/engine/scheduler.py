@@ -13,10 +13,11 @@ worker's request are all the same thing.
 How a batch is filled, who is admitted and who must give way is told in `batch_builder.py`; how
 requests change their route, in `relocation.py`.
 
-A batch is made for one route. As many batches of a route may be in flight as it has stages; a
-request is in at most one of them. With one stage there may be a second batch, which may contain the
-requests of the first (`overlap.py`). Where requests of several routes are here, as during a
-restore, the route that has waited longest for a batch is served first.
+A batch is made for one route. As many batches of a route may be in flight as it has stages. The
+chunks of a prompt may be in several, one behind the other; who waits for a token is in no other
+batch. With one stage there may be a second batch, which may contain the requests of the first
+(`overlap.py`). Where requests of several routes are here, as during a restore, the route that has
+waited longest for a batch is served first.
 `num_computed_tokens` advances when the batch returns, not when it is scheduled: then it always says
 what the KV cache holds, and a batch that failed leaves nothing to roll back. Blocks of a request in
 flight are freed when its last batch returns, never earlier, because the batch still writes to them.

@@ -120,15 +120,15 @@ class Cluster:
 
     @property
     def due_flights(self) -> list[Flight]:
-        """Batches that may return next: with one stage they do so in order."""
-        oldest: dict[Route, Flight] = {}
+        """Batches whose next stage may compute them: stages keep the order of a route."""
+        due: list[Flight] = []
+        behind: dict[Route, int] = {}  # the stage of the batch before
         for flight in self.flights:
-            oldest.setdefault(flight.output.route, flight)
-        return [
-            flight
-            for flight in self.flights
-            if flight.output.route.num_stages > 1 or oldest[flight.output.route] is flight
-        ]
+            route = flight.output.route
+            if flight.stage < behind.get(route, route.num_stages):
+                due.append(flight)
+            behind[route] = flight.stage
+        return due
 
     def advance(self, flight: Flight) -> list[StepResult]:
         """Compute the next stage of a batch; after the last one it returns."""
@@ -157,8 +157,7 @@ class Cluster:
         if stage.worker_id != leader:
             table = worker.scheduler.blocks.stage.extend(request.kv_key, end)
         tokens = request.token_ids(0, end)
-        may_follow = self.config.overlaps and request.route.num_stages == 1
-        if may_follow and request.status is RequestStatus.ENDING:  # the batch before may be lost
+        if request.status is RequestStatus.ENDING:  # a batch before may be lost
             assert len(table) * BLOCK_SIZE >= end
             return 0 if item.wants_token else None
         for layer in range(stage.start, stage.end):

@@ -100,18 +100,20 @@ class History:
         assert cancels.count(True) == 1
 
     def _schedule(self, leader: str) -> None:
-        in_flight = {
-            id(item.request)
-            for flight in self.cluster.flights
-            for item in flight.output.scheduled
-            if flight.output.route.num_stages > 1 or not self.overlaps
-        }
+        in_flight = [i for flight in self.cluster.flights for i in flight.output.scheduled]
+        present = {id(item.request) for item in in_flight}
+        sampling = {id(item.request) for item in in_flight if item.wants_token}
         output = self.cluster.schedule(leader, self.now)
         self.seen[f"batch on {output.route.num_stages}"] += bool(output.scheduled)
         self.seen["preempted"] += len(output.preempted)
         assert output.num_scheduled_tokens <= self.budget
         assert all(item.request.route == output.route for item in output.scheduled)
-        assert not any(id(item.request) in in_flight for item in output.scheduled)
+        again = [item.request for item in output.scheduled if id(item.request) in present]
+        if output.route.num_stages > 1:  # prompts in chunks; the token of the last one is not known
+            assert not any(id(request) in sampling for request in again)
+            self.seen["next chunk"] += len(again)
+        else:
+            assert self.overlaps or not again
         flights = [f for f in self.cluster.flights if f.output.route == output.route]
         is_ahead = len(flights) > output.route.num_stages
         assert not is_ahead or (self.overlaps and len(flights) == 2)
@@ -258,7 +260,7 @@ ACTIONS = {
     seed=st.integers(0, 1 << 32),
     actions=st.lists(st.sampled_from([a for a, n in ACTIONS.items() for _ in range(n)])),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_short_histories(seed: int, actions: list) -> None:  # type: ignore[type-arg]
     history = History(Random(seed))
     history.arrive()
@@ -282,5 +284,5 @@ def test_long_histories() -> None:
     states = {"RUNNING", "WAITING", "PREEMPTED", "PARKED", "EXCHANGING"}
     expected = transitions | {f"cancel {state}" for state in states}
     expected |= {"exchange", "give up PARKED", "give up EXCHANGING", "preempted"}
-    expected |= {"moved here", "moved to another", "routes side by side", "ahead"}
+    expected |= {"moved here", "moved to another", "routes side by side", "ahead", "next chunk"}
     assert expected <= seen.keys()

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from engine_helpers import BLOCK_SIZE, PagedModel, make_request, make_scheduler
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.worker.engine.config import ChunkPolicy
@@ -53,7 +53,6 @@ def _cuts(batch: Microbatch) -> list[tuple[Microbatch, Microbatch]]:
 
 
 @given(work_lists, models)
-@settings(deadline=None)
 def test_a_split_is_as_even_as_any(work: list[ChunkShape], model: CostModel) -> None:
     batch = tuple(PrefillChunk(i, *shape) for i, shape in enumerate(work) if shape.num_tokens)
     if not batch:

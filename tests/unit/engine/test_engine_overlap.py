@@ -263,7 +263,7 @@ requests_ = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size
 
 
 @given(requests=requests_, num_blocks=st.integers(6, 12), budget=st.integers(4, 12))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_oldest_running_request_goes_on_with_every_second_batch(
     requests: list[tuple[int, int]], num_blocks: int, budget: int
 ) -> None:

@@ -32,7 +32,7 @@ cost_models = st.builds(
     max_num_seqs=st.integers(1, 4),
     lengths=st.lists(st.sampled_from([1, 7, 30, 150]), min_size=1, max_size=14),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_request_finishes(
     model: CostModel,
     policy: ChunkPolicy,

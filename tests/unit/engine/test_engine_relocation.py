@@ -347,6 +347,19 @@ class TestSideBySide:
             _return(scheduler, output)
         assert routes == ["w0@1", "pipeline@2"] * 3
 
+    def test_a_prompt_leaves_the_old_route_between_two_chunks(self) -> None:
+        scheduler, _ = make_scheduler(num_blocks=32, route=PIPELINE)
+        _grant(scheduler, 32)
+        request = make_request("long", 48, max_tokens=20)
+        scheduler.add(request)
+        first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
+        scheduler.relocation.enter(HERE)
+        _return(scheduler, first)
+        assert not scheduler.schedule(0.0).scheduled  # its third chunk would keep it here
+        assert not scheduler.relocation.move(request, HERE)
+        _return(scheduler, second)
+        assert (request.num_computed_tokens, scheduler.relocation.move(request, HERE)) == (32, True)
+
     def test_a_moved_request_leaves_no_blocks_behind(self) -> None:
         scheduler, (request, _) = self._restored(6, 6)
         assert not scheduler.relocation.is_settled

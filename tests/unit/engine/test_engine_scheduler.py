@@ -80,18 +80,41 @@ class TestBatches:
         output = scheduler.schedule(0.0)
         assert (output.scheduled, scheduler.num_batches_in_flight) == ((), 0)
 
-    def test_a_request_in_flight_is_in_no_second_batch(self) -> None:
+    def test_the_next_chunk_of_a_prompt_follows_through_the_stages(self) -> None:
         scheduler, _ = make_scheduler(num_stages=2, max_num_batched_tokens=8)
-        _add(scheduler, make_request("a", 12), make_request("b", 4, 1.0))
+        request = make_request("a", 12)
+        _add(scheduler, request, make_request("b", 4, 1.0))
+        first = scheduler.schedule(0.0)
+        second = scheduler.schedule(0.0)
+        assert (_taken(first), _taken(second)) == ([("a", 8)], [("a", 4), ("b", 4)])
+        assert not scheduler.schedule(0.0).scheduled
+        assert (request.num_computed_tokens, scheduler.num_batches_in_flight) == (0, 2)
+        model = PagedModel(BLOCK_SIZE)
+        tokens = [model.compute(output) for output in (first, second)]
+        assert scheduler.update_from_output(first, tokens[0]) == []
+        assert request.num_computed_tokens == 8
+        results = scheduler.update_from_output(second, tokens[1])
+        assert [result.request.request_id for result in results] == ["a", "b"]
+
+    def test_who_waits_for_a_token_is_in_no_second_batch(self) -> None:
+        scheduler, _ = make_scheduler(num_stages=2, max_num_batched_tokens=8)
+        _add(scheduler, make_request("a", 8), make_request("b", 4, 1.0))
         first = scheduler.schedule(0.0)
         second = scheduler.schedule(0.0)
         assert (_taken(first), _taken(second)) == ([("a", 8)], [("b", 4)])
-        assert not scheduler.schedule(0.0).scheduled
-        assert scheduler.num_batches_in_flight == 2
         model = PagedModel(BLOCK_SIZE)
         scheduler.update_from_output(second, model.compute(second))
-        scheduler.update_from_output(first, model.compute(first))
-        assert _taken(scheduler.schedule(0.0)) == [("b", 1), ("a", 4)]
+        assert _taken(scheduler.schedule(0.0)) == [("b", 1)]
+
+    def test_a_chunk_that_fails_ends_the_prompt_when_the_next_one_returns(self) -> None:
+        scheduler, blocks = make_scheduler(num_stages=2, max_num_batched_tokens=8)
+        _add(scheduler, make_request("a", 12))
+        first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
+        (result,) = scheduler.fail_batch(first, "out of memory")
+        assert result.finish_reason is FinishReason.ERROR
+        assert blocks.num_used_blocks == 3  # the second batch still writes to them
+        assert scheduler.update_from_output(second, [1]) == []
+        assert (blocks.num_used_blocks, len(scheduler.requests)) == (0, 0)
 
     def test_queued_seconds_last_until_the_first_batch(self) -> None:
         scheduler, _ = make_scheduler()

@@ -73,7 +73,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, list[Span]]:
     return case, [(s, begins[s], length) for s, length in enumerate(lengths)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_equals_gather_and_sdpa(kernels: CpuKernels, drawn: tuple[Case, list[Span]]) -> None:
     case, spans = drawn

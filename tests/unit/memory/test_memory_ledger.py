@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.worker.memory.base import ChunkRun
@@ -106,7 +106,6 @@ def test_coalescing_keeps_chunks_and_order(chunks: list[int]) -> None:
     assert all(end != later.first for end, later in zip(ends, runs[1:], strict=False))
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 24),
     st.lists(st.tuples(st.sampled_from([A, B, K]), st.integers(-12, 12)), max_size=40),

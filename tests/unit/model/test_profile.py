@@ -152,7 +152,7 @@ def _shape(runner: ModelRunner) -> StageShape:
     head_seconds=st.sampled_from([0.0, 1.0, 2.5]),
     wanted_blocks=st.integers(1, 400),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_planners_know_the_blocks_of_every_layout(
     tiny_models: TinyModels,
     kernels: CpuKernels,

@@ -79,9 +79,7 @@ class Company:
     chunk_sizes=st.lists(st.integers(1, 35), min_size=1, max_size=6),
     seed=st.integers(0, 1000),
 )
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_logits_do_not_depend_on_neighbours_or_chunks(
     runner: ModelRunner, lengths: list[int], chunk_sizes: list[int], seed: int
 ) -> None:

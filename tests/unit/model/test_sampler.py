@@ -50,7 +50,7 @@ def test_temperature_flattens_the_distribution() -> None:
 
 
 @given(st.integers(1, VOCAB), st.integers(0, 50))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_top_k_keeps_the_k_most_likely(top_k: int, seed: int) -> None:
     logits = random_logits(1, seed)
     allowed = set(torch.topk(logits[0], top_k).indices.tolist())
@@ -58,7 +58,7 @@ def test_top_k_keeps_the_k_most_likely(top_k: int, seed: int) -> None:
 
 
 @given(st.floats(0.01, 0.99), st.integers(0, 50))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p: float, seed: int) -> None:
     logits = random_logits(1, seed)
     ordered = torch.softmax(logits[0], dim=-1).sort(descending=True)
@@ -131,7 +131,7 @@ def test_logits_that_are_not_numbers_still_give_a_token(
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(1, 12))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_row_draws_the_same_alone_and_among_others(seed: int, neighbours: int) -> None:
     logits = random_logits(neighbours + 1, seed % 1000)
     params = {"seed": seed, "temperature": 1.3, "top_p": 0.9, "top_k": 40}

@@ -83,9 +83,7 @@ def scripts(draw: st.DrawFn) -> tuple[int, list[object]]:
     return num_workers, draw(st.lists(step, min_size=8, max_size=25))
 
 
-@settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(script=scripts(), transport=st.sampled_from(Transport))
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
 def test_tokens_stay_the_same_on_any_way_through_layouts(

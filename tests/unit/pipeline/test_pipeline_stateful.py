@@ -244,7 +244,6 @@ def test_pipelines_under_any_order_of_messages(
         settings=settings(
             max_examples=30,
             stateful_step_count=25,
-            deadline=None,
             suppress_health_check=[HealthCheck.too_slow],
         ),
     )

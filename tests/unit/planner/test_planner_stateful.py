@@ -195,7 +195,6 @@ class PlannerMachine(RuleBasedStateMachine):
 PlannerMachine.TestCase.settings = settings(
     max_examples=100,
     stateful_step_count=20,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestPlanner = PlannerMachine.TestCase

@@ -309,7 +309,7 @@ def serve(core: EngineCore, clients: Sequence[Client]) -> Run:
     budget=st.integers(4, 16),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_late_tokens_are_those_of_a_model_that_computes_at_once(
     clients: list[Client], num_blocks: int, budget: int, seed: int
 ) -> None:
