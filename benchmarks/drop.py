@@ -59,9 +59,10 @@ def render_memory(finding: MemoryFinding, copy_rate: float) -> str:
     rows = [
         ["copying them (not done), at the memory's speed", milliseconds(NUM_BYTES / copy_rate)],
         ["until mapped behind the KV of 15 layers", milliseconds(finding.remap)],
-        ["first touch, each page once, from Python", milliseconds(finding.first_touch)],
-        ["the same again", milliseconds(finding.touch)],
+        ["populated, a piece at a time before its first use", milliseconds(finding.populate)],
         ["old mappings taken away, later", milliseconds(finding.unmap)],
+        ["first touch instead, each page once, from Python", milliseconds(finding.first_touch)],
+        ["the same again: what Python takes of it", milliseconds(finding.touch)],
     ]
     return Table((f"{NUM_BYTES // MIB} MiB of chunks change hands", "ms"), rows).render()
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import ctypes
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.worker.memory.cpu import CpuMemory
-from services.worker.memory.pool import MemoryPool
+from services.worker.memory.pool import KvRegion, MemoryPool
 
 MIB = 1024 * 1024
 NUM_BYTES = 200 * MIB
 _CHUNK_BYTES = MIB // 2
 _NUM_LAYERS = 15
 _BLOCK_BYTES = 24 * 1024
+_ARENA_BYTES = -(-NUM_BYTES // _NUM_LAYERS // _CHUNK_BYTES) * _CHUNK_BYTES
 _ROUNDS = 5
+
+Act = Callable[[MemoryPool, Sequence[KvRegion]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,50 +28,62 @@ class MemoryFinding:
 
     Attributes:
         remap: until the KV of the other 15 layers has the chunks: what a commit waits for.
-        first_touch: writing to each page of what was mapped, for the first time.
-        touch: the same again.
+        populate: until every page of them is there, in pieces, before its first use.
         unmap: taking the old mappings away, later.
+        first_touch: writing to each page for the first time instead, had it not been populated.
+        touch: the same again.
     """
 
     remap: float
+    populate: float
+    unmap: float
     first_touch: float
     touch: float
-    unmap: float
 
 
 def measure_memory() -> MemoryFinding:
     """Drop and restore, several times."""
-    rounds = [_measure_once() for _ in range(_ROUNDS)]
-    return MemoryFinding(*map(min, *rounds))
+    served = [_measure(_populate, _unmap) for _ in range(_ROUNDS)]
+    touched = [_measure(_touch, _touch) for _ in range(_ROUNDS)]
+    remap, populate, unmap = map(min, *served)
+    _, first_touch, touch = map(min, *touched)
+    return MemoryFinding(remap, populate, unmap, first_touch, touch)
 
 
-def _measure_once() -> tuple[float, float, float, float]:
-    arena_bytes = -(-NUM_BYTES // _NUM_LAYERS // _CHUNK_BYTES) * _CHUNK_BYTES
-    pool = MemoryPool(CpuMemory(2 * _NUM_LAYERS * arena_bytes, _CHUNK_BYTES))
-    arenas = [pool.weight_arena(f"layer {i}", arena_bytes) for i in range(2 * _NUM_LAYERS)]
+def _measure(*acts: Act) -> list[float]:
+    """Seconds of a remap, and of what is done after it."""
+    pool = MemoryPool(CpuMemory(2 * _NUM_LAYERS * _ARENA_BYTES, _CHUNK_BYTES))
+    arenas = [pool.weight_arena(f"layer {i}", _ARENA_BYTES) for i in range(2 * _NUM_LAYERS)]
     regions = [pool.kv_region(i, _BLOCK_BYTES) for i in range(_NUM_LAYERS)]
     for arena in arenas:
         ctypes.memset(arena.address, 1, arena.nbytes)
-
-    def remap() -> None:
-        for arena in arenas[_NUM_LAYERS:]:
-            pool.drop_arena(arena.name)
-        pool.grow_kv_evenly(range(_NUM_LAYERS))
-
-    def touch() -> None:
-        for region in regions:
-            for offset in range(0, arena_bytes, mmap.PAGESIZE):
-                ctypes.c_byte.from_address(region.address + offset).value = 1
-
-    def unmap() -> None:
-        pool.unmap_stale(pool.stale_bytes)
-
-    figures = [_seconds(act) for act in (remap, touch, touch, unmap)]
+    figures = [_seconds(act, pool, regions) for act in (_remap, *acts)]
     pool.close()
-    return figures[0], figures[1], figures[2], figures[3]
+    return figures
 
 
-def _seconds(act: Callable[[], None]) -> float:
+def _remap(pool: MemoryPool, regions: Sequence[KvRegion]) -> None:
+    for layer in range(_NUM_LAYERS, 2 * _NUM_LAYERS):
+        pool.drop_arena(f"layer {layer}")
+    pool.grow_kv_evenly([region.layer for region in regions])
+
+
+def _populate(pool: MemoryPool, regions: Sequence[KvRegion]) -> None:
+    layers = [region.layer for region in regions]
+    pool.populate_kv(layers, pool.num_kv_blocks(layers))
+
+
+def _unmap(pool: MemoryPool, regions: Sequence[KvRegion]) -> None:
+    pool.unmap_stale(pool.stale_bytes)
+
+
+def _touch(pool: MemoryPool, regions: Sequence[KvRegion]) -> None:
+    for region in regions:
+        for offset in range(0, _ARENA_BYTES, mmap.PAGESIZE):
+            ctypes.c_byte.from_address(region.address + offset).value = 1
+
+
+def _seconds(act: Act, pool: MemoryPool, regions: Sequence[KvRegion]) -> float:
     began_at = time.perf_counter()
-    act()
+    act(pool, regions)
     return time.perf_counter() - began_at
