@@ -6,6 +6,7 @@ LinkOffer --> answer: an invitation --> connection with a good hello --> on_link
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 import time
@@ -14,7 +15,13 @@ from collections.abc import Coroutine, Sequence
 import structlog
 
 from services.worker.links.base import LinkError, Transport
-from services.worker.links.context import Connection, LinkContext, make_link
+from services.worker.links.context import (
+    Connection,
+    LinkContext,
+    connect_in_thread,
+    make_link,
+)
+from services.worker.links.files import close_all
 from services.worker.links.handshake import (
     HELLO_BYTES,
     Invitation,
@@ -24,7 +31,6 @@ from services.worker.links.handshake import (
     make_welcome,
 )
 from services.worker.links.listeners import (
-    close_all,
     listen_tcp,
     listen_unix,
     require_same_user,
@@ -104,7 +110,11 @@ class LinkAcceptor:
         choice = choose_transport(offer.transports, offer.host_id, own.transports, own.host_id)
         try:
             invitation = self._invitations.invite(
-                offer, choice, time.monotonic(), shares_memory=own.memory_file is not None
+                offer,
+                choice,
+                self._context.channels.offer,
+                time.monotonic(),
+                shares_memory=own.memory_file is not None,
             )
         except LinkRefusedError as error:
             return LinkAnswer(status=LinkAnswerStatus.NO_TRANSPORT, detail=str(error))
@@ -116,6 +126,8 @@ class LinkAcceptor:
             port=self._port,
             socket_name=self._socket_name,
             shares_memory=invitation.shares_memory,
+            channels=invitation.channel_plan.choice.candidates,
+            channel_fallback=invitation.channel_plan.choice.fallback,
             link_id=invitation.link_id,
             key=invitation.key,
         )
@@ -147,7 +159,9 @@ class LinkAcceptor:
         try:
             async with asyncio.timeout(_HELLO_SECONDS):
                 invitation = await self._read_hello(connection, transport, files)
-            stream = self._welcome(connection, invitation, files)
+            made = await connect_in_thread(
+                functools.partial(self._welcome, connection, invitation, tuple(files))
+            )
         except (LinkError, OSError, TimeoutError) as error:
             self._log.warning("link.refused", transport=transport.value, detail=repr(error))
             connection.close()
@@ -158,7 +172,7 @@ class LinkAcceptor:
         finally:
             self._greeting -= 1
             close_all(files)
-        link = make_link(self._context, stream, invitation.peer, invitation.fallback)
+        link = make_link(self._context, made, invitation.peer, invitation.fallback)
         self._context.handlers.on_link(link)
         link.start()
 
@@ -181,11 +195,15 @@ class LinkAcceptor:
     def _welcome(
         self, connection: socket.socket, invitation: Invitation, files: Sequence[int]
     ) -> Connection:
-        """Answer a good hello; on shared memory the welcome brings the memory along."""
+        """Answer a good hello and set up what carries tensors. Blocks; runs in a thread.
+
+        On shared memory the welcome brings the memory along.
+        """
         welcome = make_welcome(invitation.link_id, invitation.key)
+        establish, plan = self._context.channels.establish, invitation.channel_plan
         if invitation.transport is Transport.TCP:
             connection.send(welcome)
-            return Connection(TcpStream(connection))
+            return Connection(TcpStream(connection), establish(connection, plan))
         memory, memory_file = None, None
         if invitation.shares_memory:
             if len(files) != 1:
@@ -195,7 +213,8 @@ class LinkAcceptor:
         rings = create_ring_memory()
         try:
             send_with_files(connection, welcome, [rings], memory_file)
-            return Connection(ShmStream(connection, rings, is_acceptor=True), memory)
+            stream = ShmStream(connection, rings, is_acceptor=True)
+            return Connection(stream, establish(connection, plan), memory)
         finally:
             os.close(rings)
 

@@ -159,10 +159,11 @@ class WeightsRequest(Message):
 class WeightsPart(Message):
     """Some of what a request asked for, or why it is not given.
 
-    It is in the buffer, or at `runs` of the giver's memory, for as long as that has the arena.
+    `worker_id` gives it, in the buffer, or at `runs` of its memory for as long as it has the arena.
     """
 
     serial: int
+    worker_id: str
     offset: int
     runs: tuple[FileRun, ...] = ()
     error: str = ""

@@ -1,17 +1,19 @@
 """Microbatches on a stage behind the leader: computed and passed on, or answered with tokens.
 
-What a batch needs to know of its requests travels with it; their blocks are found by key.
+What a batch needs to know of its requests travels with it; their blocks are found by key. Its
+hidden states are computed where the stage before has put them.
 """
 
 from __future__ import annotations
 
 import structlog
+import torch
 
+from services.worker.channels.base import Packed
 from services.worker.engine.stage_blocks import StageBlocks
-from services.worker.links.base import Buffer
+from services.worker.links.base import LinkDownError
 from services.worker.model.batch import SequenceSlice
 from services.worker.model.runner import ModelRunner
-from services.worker.pipeline.kv_transfer import as_buffer, received_tensor
 from services.worker.pipeline.messages import FrameKind, Microbatch, Tokens
 from services.worker.pipeline.peers import GroupPeers
 from services.worker.pipeline.rows import sampling_row
@@ -27,21 +29,24 @@ class StageBatches:
         self._blocks = blocks
         self._log = structlog.get_logger(component="stage", group=peers.key.group_id)
 
-    def run(self, message: Microbatch, buffer: Buffer) -> None:
+    def run(self, message: Microbatch, packed: Packed) -> None:
         """Compute a microbatch and pass it on, or answer with its tokens."""
         self._runner.meter.batch_arrived(follows=message.follows)
         try:
-            self._compute(message, buffer)
+            with self._peers.received(self._peers.previous_worker_id, packed) as received:
+                self._compute(message, received)
+        except LinkDownError:
+            return  # the group is about to break: nobody waits for an answer
         except Exception as error:  # whatever it is, it must not take the other requests along
             self._log.exception("batch failed", requests=len(message.keys))
             self._answer(Tokens(step=message.step, error=f"{self._peers.worker_id}: {error}"))
 
-    def _compute(self, message: Microbatch, buffer: Buffer) -> None:
+    def _compute(self, message: Microbatch, received: torch.Tensor) -> None:  # [nbytes] uint8
         batch = self._runner.make_batch(self._slices(message))
-        hidden = received_tensor(self._runner, buffer).view(batch.token_ids.numel(), -1)
+        hidden = received.view(self._runner.dtype).view(batch.token_ids.numel(), -1)
         self._runner.forward(batch, hidden, self._peers.span)
         if self._peers.next_worker_id is not None:
-            self._peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))
+            self._peers.send_next(FrameKind.MICROBATCH, message, hidden)
             return
         sampled = self._runner.sample(hidden, batch, [sampling_row(row) for row in message.rows])
         self._answer(
@@ -65,4 +70,6 @@ class StageBatches:
         return slices
 
     def _answer(self, tokens: Tokens) -> None:
-        self._peers.send(self._peers.leader, FrameKind.TOKENS, tokens)
+        """Tell the leader, unless a member is gone: its part of the batch may be garbage."""
+        if self._peers.is_connected:
+            self._peers.send(self._peers.leader, FrameKind.TOKENS, tokens)

@@ -92,7 +92,6 @@ class TestRoutes:
             Route("bad", stages)
 
 
-
 class TestShortBatches:
     """Bytes move between batches, so batches are short while requests wait for theirs."""
 
@@ -114,6 +113,7 @@ class TestShortBatches:
         scheduler.relocation.filled(travelling.kv_key, "w1")
         batch = scheduler.schedule(0.0)
         assert travelling in [item.request for item in batch.scheduled]
+
 
 class TestDrop:
     """Running requests wait for their KV; new ones do not."""

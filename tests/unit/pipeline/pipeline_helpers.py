@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
+from services.worker.channels.factory import EstablishedChannel
+from services.worker.channels.host import HostChannel
 from services.worker.engine.request import Request
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.links.base import LinkPeer, Transport
@@ -271,6 +273,7 @@ def _link(
             own.on_frame,
             own.on_down,
             peer_memory=memory_of(peer.runner) if reads_memory else None,
+            tensors=EstablishedChannel(HostChannel(own.runner.device), ""),
         )
         for stream, own, peer in zip(streams, (near, far), (far, near), strict=True)
     )

@@ -11,6 +11,8 @@ from typing import cast
 import pytest
 import torch
 
+from services.worker.channels.base import TensorChannel
+from services.worker.channels.host import HostChannel
 from services.worker.engine.request import KvKey
 from services.worker.engine.routes import Transfer
 from services.worker.kernels.cpu import CpuKernels
@@ -33,7 +35,9 @@ class Wire:
     """A link that keeps what is sent until it is delivered."""
 
     peer_memory: PeerMemory | None
+    channel: TensorChannel = field(default_factory=lambda: HostChannel(torch.device("cpu")))
     sent: deque[LinkFrame] = field(default_factory=deque)
+    is_up = True
 
     def send(self, frame: LinkFrame, link_class: LinkClass) -> bool:
         self.sent.append(frame)
@@ -75,7 +79,7 @@ class Member:
             self.courier.taken(KvTaken.decode(frame.header))
         else:
             buffers = [bytearray(buffer) for buffer in frame.buffers]
-            self.courier.take(KvPart.decode(frame.header), *buffers or [b""])
+            self.courier.take(KvPart.decode(frame.header), buffers)
 
 
 @dataclass
