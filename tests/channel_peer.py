@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ import torch
 
 from services.worker.channels.base import ChannelKind, Packed, TensorChannel
 from services.worker.channels.choice import ChannelChoice, ChannelPlan
-from services.worker.channels.factory import ChannelFactory, TensorSizes
+from services.worker.channels.factory import ChannelFactory, EstablishedChannel, TensorSizes
 from services.worker.channels.ring import RingSize, RingSizes
 from services.worker.links.base import LinkClass
 from tests.fake_ipc import FakeIpcDriver
@@ -169,19 +170,16 @@ def serve(connection: socket.socket, end: LocalEnd) -> None:
             send(connection, result)
 
 
+Establish = Callable[[socket.socket], EstablishedChannel]
+
+
 def establish_both(
-    near: Callable[[socket.socket], TensorChannel], far: Callable[[socket.socket], TensorChannel]
-) -> tuple[TensorChannel, TensorChannel]:
+    near: Establish, far: Establish, ends: tuple[socket.socket, socket.socket]
+) -> tuple[EstablishedChannel, EstablishedChannel]:
     """Two ends that are set up at the same time, each in its thread."""
-    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    made: list[TensorChannel] = []
-    thread = threading.Thread(target=lambda: made.append(far(ends[1])))
-    thread.start()
-    near_channel = near(ends[0])
-    thread.join(SECONDS)
-    for end in ends:
-        end.close()
-    return near_channel, made[0]
+    with ThreadPoolExecutor(2) as pool:
+        results = [pool.submit(each, end) for each, end in zip((near, far), ends, strict=True)]
+        return results[0].result(SECONDS), results[1].result(SECONDS)
 
 
 def process_factory(kind: ChannelKind, device: torch.device) -> ChannelFactory:

@@ -5,6 +5,8 @@ The other end is in this process or in another one. Rings are small, so that a t
 
 from __future__ import annotations
 
+import functools
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -69,13 +71,19 @@ class Ends:
         return sent
 
 
+def channels_between(
+    near: ChannelFactory, far: ChannelFactory, kind: ChannelKind
+) -> list[TensorChannel]:
+    sockets = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    establish = [functools.partial(each.establish, plan=plan_for(kind)) for each in (near, far)]
+    with sockets[0], sockets[1]:
+        return [each.channel for each in establish_both(*establish, sockets)]
+
+
 @contextmanager
 def between(near: ChannelFactory, far: ChannelFactory, kind: ChannelKind) -> Iterator[Ends]:
     """Both ends here."""
-    channels = establish_both(
-        lambda end: near.establish(end, plan_for(kind)).channel,
-        lambda end: far.establish(end, plan_for(kind)).channel,
-    )
+    channels = channels_between(near, far, kind)
     yield Ends(channels[0], LocalEnd(channels[1], CPU), CPU)
     for channel in channels:
         channel.close()
@@ -334,10 +342,7 @@ def test_nothing_is_sent_or_received_on_a_closed_channel(rings: Ends) -> None:
 def test_memory_is_kept_until_the_other_end_has_let_it_go(is_near_first: bool) -> None:
     kind, drivers = ChannelKind.CUDA_IPC, [FakeIpcDriver(), FakeIpcDriver()]
     factories = [ChannelFactory(CPU, SmallSizes(), [kind], ipc=driver) for driver in drivers]
-    channels = establish_both(
-        lambda end: factories[0].establish(end, plan_for(kind)).channel,
-        lambda end: factories[1].establish(end, plan_for(kind)).channel,
-    )
+    channels = channels_between(*factories, kind)
     first, last = (0, 1) if is_near_first else (1, 0)
     channels[first].close()
     wait_until(lambda: drivers[first].calls["close_memory"] == 1)

@@ -183,7 +183,9 @@ class _PeersInbox:
             held.callback(close_all, theirs.files)
             offer = InboxOffer.decode(theirs.content)
             require_same_bulk(offer.rings, own_sizes)
-            words_file, _life_line = theirs.files
+            if len(theirs.files) != 2:
+                raise ChannelError("the peer's memory came without its words and its life line")
+            words_file, _ = theirs.files
             num_slots = sum(size.num_slots for size in offer.rings.values())
             words = SharedWords(driver, words_file, num_slots)
             held.callback(words.close)

@@ -117,8 +117,10 @@ class Dialogue:
     def _send(self, payload: bytes, files: list[int]) -> None:
         data = _LENGTH.pack(len(payload)) + payload
         self._connection.settimeout(max(self.seconds_left, 0.001))
-        sent = socket.send_fds(self._connection, [data], files) if files else 0
-        self._connection.sendall(data[sent:])
+        if files:
+            data = data[socket.send_fds(self._connection, [data], files) :]
+        if data:  # the peer may be gone as soon as it has it all
+            self._connection.sendall(data)
 
     def _receive(self, files: list[int]) -> bytes:
         """A message; what descriptors come with it are put into `files`."""

@@ -68,9 +68,9 @@ def copy_blocks_kernel(table, part, block_words, GATHERS: tl.constexpr, TILE: tl
     index = tl.program_id(1)
     layer = tl.program_id(2)
     is_word = word < block_words
-    address = tl.multiple_of(tl.load(table + layer), 16)
+    address = tl.load(table + layer).to(tl.pointer_type(tl.int64))
     block = tl.load(table + tl.num_programs(2) + index)
-    cache = address.to(tl.pointer_type(tl.int64)) + block * block_words + word
+    cache = tl.multiple_of(address, 16) + block * block_words + word
     row = (layer * tl.num_programs(1) + index).to(tl.int64)
     place = part + row * block_words + word
     if GATHERS:
