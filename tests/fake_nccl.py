@@ -116,6 +116,7 @@ class FakeNcclLibrary:
 
     def __init__(self, fabric: Fabric, version: int = 22809) -> None:
         self.version = version
+        self.current = CurrentStream()
         self._fabric = fabric
 
     def attach(self) -> None:
@@ -133,7 +134,7 @@ class FakeNcclLibrary:
         return FakeStream()
 
     def current_stream(self) -> CurrentStream:
-        return CurrentStream()
+        return self.current
 
 
 class FakeCommunicator:
