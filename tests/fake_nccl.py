@@ -149,7 +149,7 @@ class FakeCommunicator:
 
         def send() -> None:
             with pair.changed:
-                pair.sent.append(tensor)
+                pair.sent.append(tensor.clone())
                 number = len(pair.sent)
                 pair.changed.notify_all()
             pair.wait_for(lambda: pair.num_received >= number)

@@ -16,7 +16,9 @@ from services.worker.channels.base import ChannelKind, Direction
 from services.worker.engine.request import Request, RequestStatus
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.kernels.torch_kernels import TorchKernels
+from services.worker.links.base import LinkDownError
 from services.worker.pipeline.events import Broken, Phase, PhaseTimed, Whole
+from services.worker.pipeline.peers import GroupPeers
 from shared.layout import Span
 from shared.messages import FinishReason
 from tests.conftest import DEADLINE_SECONDS
@@ -142,6 +144,36 @@ def test_survivors_of_a_dead_member_serve_again(
         add(cluster, make_requests(3))
         cluster.run(lambda: not survivors[0].core.has_work)
         expect(Cluster([survivors[0]]), expected)
+
+
+def no_tensor(*_: object) -> None:
+    raise LinkDownError("the channel was aborted")
+
+
+@pytest.mark.parametrize("is_received", [True, False])
+def test_a_batch_that_a_dead_member_had_part_in_is_not_answered(
+    tiny_models: TinyModels,
+    kernels: CpuKernels,
+    devices: Devices,
+    monkeypatch: pytest.MonkeyPatch,
+    is_received: bool,
+) -> None:
+    """Neither with tokens, which may be garbage, nor with an error: it will be replayed."""
+    with open_cluster(tiny_models.directory("llama"), kernels, devices=devices) as cluster:
+        cluster.change(range(2))
+        add(cluster, make_requests(2, 90))
+        cluster.run(lambda: all(cluster.tokens(name) for name in ("r0", "r1")))
+        if is_received:
+            monkeypatch.setattr(GroupPeers, "is_connected", False)
+        else:
+            monkeypatch.setattr(GroupPeers, "received", no_tensor)
+        num_items = 0
+        for _ in range(30):
+            num_items = len(cluster.leader.items)
+            for engine in cluster.engines:
+                engine.turn()
+        assert len(cluster.leader.items) == num_items
+        assert not any(item.error for item in cluster.leader.items)
 
 
 def test_a_batch_too_large_for_a_slot_goes_through_the_host(
