@@ -23,8 +23,12 @@ import torch
 from services.worker.channels.base import ChannelKind, Packed, TensorChannel
 from services.worker.channels.choice import ChannelChoice, ChannelPlan
 from services.worker.channels.factory import ChannelFactory, EstablishedChannel, TensorSizes
+from services.worker.channels.nccl import NcclChannels
+from services.worker.channels.nccl_library import load_nccl
 from services.worker.channels.ring import RingSize, RingSizes
 from services.worker.links.base import LinkClass
+from services.worker.memory.cuda_driver import CudaDriver
+from services.worker.memory.cuda_ipc import CudaIpc
 from tests.fake_ipc import FakeIpcDriver
 
 _LENGTH = struct.Struct("<I")
@@ -184,15 +188,17 @@ def establish_both(
 
 def process_factory(kind: ChannelKind, device: torch.device) -> ChannelFactory:
     """What a process of its own uses: a real GPU, or host memory that behaves like one's."""
-    if device.type == "cuda":
-        from services.worker.memory.cuda_driver import CudaDriver
-        from services.worker.memory.cuda_ipc import CudaIpc
-
-        ipc = CudaIpc(
-            CudaDriver(device.index), lambda: torch.cuda.current_stream(device).cuda_stream
-        )
-        return ChannelFactory(device, SmallSizes(), [kind], ipc=ipc)
-    return ChannelFactory(device, SmallSizes(), [kind], ipc=FakeIpcDriver(SECONDS))
+    if device.type == "cpu":
+        return ChannelFactory(device, SmallSizes(), [kind], ipc=FakeIpcDriver(SECONDS))
+    torch.cuda.set_device(device)
+    driver = CudaDriver(device.index)
+    return ChannelFactory(
+        device,
+        SmallSizes(),
+        [kind],
+        ipc=CudaIpc(driver, lambda: int(torch.cuda.current_stream(device).cuda_stream)),
+        nccl=NcclChannels(load_nccl(device), device) if kind is ChannelKind.NCCL else None,
+    )
 
 
 class PeerProcess:

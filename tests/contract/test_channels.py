@@ -137,6 +137,16 @@ def gpu_host(peer: PeerProcess) -> AbstractContextManager[Ends]:
     return on_one_gpu(peer, ChannelKind.HOST)
 
 
+@contextmanager
+def gpu_nccl(peer: PeerProcess) -> Iterator[Ends]:
+    """NCCL wants a GPU for each rank."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is no second GPU")
+    kind, other_gpu = ChannelKind.NCCL, torch.device("cuda", 1)
+    with peer.open(process_factory(kind, GPU), kind, other_gpu) as (near, far):
+        yield Ends(near, far, GPU)
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     done = threading.Event()
     for _ in range(1000):
@@ -160,6 +170,7 @@ RINGS = [
     pytest.param((ipc_process, True), id="ipc-process"),
     pytest.param((nccl_here, False), id="nccl-here"),
     pytest.param((gpu_ipc, True), id="gpu-ipc", marks=pytest.mark.gpu),
+    pytest.param((gpu_nccl, True), id="gpu-nccl", marks=pytest.mark.gpu),
 ]
 HOSTS = [
     pytest.param((host, False), id="host"),
