@@ -171,23 +171,26 @@ class RingChannel:
     def pack(self, tensor: torch.Tensor, link_class: LinkClass) -> Packed:
         """Copy a tensor into the next slot, or into the frame."""
         content = tensor.flatten().view(torch.uint8)
-        outbox = self._outboxes.get(link_class)
-        if self.has_room(link_class) and outbox is not None and tensor.nbytes <= outbox.slot_bytes:
+        if self.has_room(link_class) and self._fits(tensor.nbytes, link_class):
             return self.put(tensor.nbytes, link_class, lambda place: place.copy_(content))
         if not self._has_told:
             self._has_told = True
-            self._log.warning("tensors go through the host", nbytes=tensor.nbytes)
+            reason = "it fits no slot" if self.has_room(link_class) else "no slot is free"
+            self._log.warning("an activation goes through the host", reason=reason)
         return (_NO_TICKET, *self._host.pack(content, link_class))
 
     def put(self, nbytes: int, link_class: LinkClass, write: Write) -> Packed:
         """Write into the next slot; if `write` raises, nothing was sent."""
-        if not self.has_room(link_class) or nbytes > self._outboxes[link_class].slot_bytes:
+        if not (self.has_room(link_class) and self._fits(nbytes, link_class)):
             raise ChannelError(f"no room for {nbytes} bytes of {link_class.name.lower()}")
         outbox = self._outboxes[link_class]
         write(outbox.place(nbytes))
         ticket = Ticket(link_class, outbox.depart(nbytes), nbytes)
         self._num_bytes[Direction.SENT] += nbytes
         return (ticket.encode(),)
+
+    def _fits(self, nbytes: int, link_class: LinkClass) -> bool:
+        return 0 < nbytes <= self._outboxes[link_class].slot_bytes
 
     @contextmanager
     def received(self, packed: Packed) -> Iterator[torch.Tensor]:  # [nbytes] uint8

@@ -14,6 +14,7 @@ from collections.abc import Coroutine, Sequence
 
 import structlog
 
+from services.worker.channels.factory import EstablishedChannel
 from services.worker.links.base import LinkError, Transport
 from services.worker.links.context import (
     Connection,
@@ -155,26 +156,35 @@ class LinkAcceptor:
 
     async def _greet(self, connection: socket.socket, transport: Transport) -> None:
         """Make a link of a connection that says a good hello; close any other."""
-        files: list[int] = []
         try:
-            async with asyncio.timeout(_HELLO_SECONDS):
-                invitation = await self._read_hello(connection, transport, files)
+            invitation, files = await self._hear(connection, transport)
             made = await connect_in_thread(
-                functools.partial(self._welcome, connection, invitation, tuple(files))
+                functools.partial(self._welcome, connection, invitation, files)
             )
         except (LinkError, OSError, TimeoutError) as error:
             self._log.warning("link.refused", transport=transport.value, detail=repr(error))
-            connection.close()
             return
-        except BaseException:
-            connection.close()
-            raise
         finally:
             self._greeting -= 1
-            close_all(files)
+        if (invitation.peer.term, invitation.peer.epoch) < self._context.current():
+            made.close()  # its plan has ended meanwhile
+            return
         link = make_link(self._context, made, invitation.peer, invitation.fallback)
         self._context.handlers.on_link(link)
         link.start()
+
+    async def _hear(
+        self, connection: socket.socket, transport: Transport
+    ) -> tuple[Invitation, list[int]]:
+        """A good hello, and what descriptors came with it; else the connection is closed."""
+        files: list[int] = []
+        try:
+            async with asyncio.timeout(_HELLO_SECONDS):
+                return await self._read_hello(connection, transport, files), files
+        except BaseException:
+            connection.close()
+            close_all(files)
+            raise
 
     async def _read_hello(
         self, connection: socket.socket, transport: Transport, files: list[int]
@@ -197,13 +207,27 @@ class LinkAcceptor:
     ) -> Connection:
         """Answer a good hello and set up what carries tensors. Blocks; runs in a thread.
 
-        On shared memory the welcome brings the memory along.
+        Connection and descriptors belong to it. Raises LinkError or OSError.
         """
-        welcome = make_welcome(invitation.link_id, invitation.key)
-        establish, plan = self._context.channels.establish, invitation.channel_plan
-        if invitation.transport is Transport.TCP:
-            connection.send(welcome)
-            return Connection(TcpStream(connection), establish(connection, plan))
+        try:
+            if invitation.transport is Transport.TCP:
+                return self._welcome_tcp(connection, invitation)
+            return self._welcome_unix(connection, invitation, files)
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            close_all(files)
+
+    def _welcome_tcp(self, connection: socket.socket, invitation: Invitation) -> Connection:
+        connection.send(make_welcome(invitation.link_id, invitation.key))
+        stream = TcpStream(connection)
+        return Connection(stream, self._establish(connection, invitation))
+
+    def _welcome_unix(
+        self, connection: socket.socket, invitation: Invitation, files: Sequence[int]
+    ) -> Connection:
+        """The welcome brings the memory along."""
         memory, memory_file = None, None
         if invitation.shares_memory:
             if len(files) != 1:
@@ -212,11 +236,15 @@ class LinkAcceptor:
             memory_file = self._context.address.memory_file
         rings = create_ring_memory()
         try:
+            welcome = make_welcome(invitation.link_id, invitation.key)
             send_with_files(connection, welcome, [rings], memory_file)
             stream = ShmStream(connection, rings, is_acceptor=True)
-            return Connection(stream, establish(connection, plan), memory)
         finally:
             os.close(rings)
+        return Connection(stream, self._establish(connection, invitation), memory)
+
+    def _establish(self, connection: socket.socket, invitation: Invitation) -> EstablishedChannel:
+        return self._context.channels.establish(connection, invitation.channel_plan)
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(coroutine, name="links")

@@ -32,6 +32,8 @@ _ID_BYTES, _KEY_BYTES, _MAC_BYTES = 16, 32, 32
 HELLO_BYTES = len(_MAGIC) + _ID_BYTES + _MAC_BYTES
 WELCOME_BYTES = len(_MAGIC) + _MAC_BYTES
 INVITATION_SECONDS = 10.0
+#: What a peer may want for setting up a channel, at most.
+_MAX_SETUP_SECONDS = 60.0
 #: The one reason for TCP that is no fault.
 DIFFERENT_HOSTS = "different host, network namespace or user"
 
@@ -132,7 +134,11 @@ class Invitations:
             LinkPeer(offer.worker_id, offer.group_id, offer.term, offer.epoch),
             offer.fallback or choice.fallback,
             choice.transport is Transport.SHM and offer.shares_memory and shares_memory,
-            ChannelPlan(channel_choice, offer.num_activations, offer.setup_seconds),
+            ChannelPlan(
+                channel_choice,
+                offer.num_activations,
+                min(offer.setup_seconds, _MAX_SETUP_SECONDS),
+            ),
             now + INVITATION_SECONDS,
         )
         self._open[invitation.link_id] = invitation

@@ -3,6 +3,9 @@
 close() --> sender stops, says goodbye --> writer thread shuts the stream down
 peer gone, silent, or wrong ----------------------------------> receive thread ends
                           on_down (unless closed here), joins the writer, frees the stream
+
+Whatever carries tensors beside the frames is aborted when the receive thread ends, and closed by
+`close`, as its owner may be using it until then.
 """
 
 from __future__ import annotations

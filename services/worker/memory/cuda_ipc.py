@@ -21,6 +21,7 @@ from typing import Any
 from services.worker.memory.cuda_driver import CudaDriver
 
 _HANDLE_BYTES = 64
+_BLOCK_BYTES = 2 * 1024 * 1024
 
 
 def _default_stream() -> int:
@@ -48,8 +49,12 @@ class CudaIpc:
     # --- device memory ---------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> int:
-        """Address of memory of its own that can be exported."""
-        return int(self._call(self._driver.cuMemAlloc, nbytes))
+        """Address of memory of its own that can be exported.
+
+        In whole blocks of the driver's: of a smaller allocation it would share the block.
+        """
+        whole = -(-nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
+        return int(self._call(self._driver.cuMemAlloc, whole))
 
     def free(self, address: int) -> None:
         """Free what `allocate` gave; no other process may have it open."""

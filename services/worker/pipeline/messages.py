@@ -30,7 +30,7 @@ from shared.wire import Message, WireModel
 
 
 class FrameKind(IntEnum):
-    """`LinkFrame.kind`: which message the header is, and what the buffers are."""
+    """`LinkFrame.kind`: which message the header is, and which tensor comes with it."""
 
     MICROBATCH = 1  # hidden states [num_tokens, hidden_size] in the type of the model's weights
     TOKENS = 2
