@@ -7,5 +7,5 @@
     NCCL      the buffer is a ticket      the tensor is on its way from GPU to GPU, any host
 
 `base.py` is the seam. Two workers agree on a channel when they open a link (`choice.py`,
-`setup.py`), and the link owns it. `ring.py` is what both GPU channels have in common.
+`factory.py`), and the link owns it. `ring.py` is what both GPU channels have in common.
 """

@@ -3,7 +3,7 @@
     both on one host, shared memory between them      CUDA IPC, else NCCL, else through the host
     else                                              NCCL, else through the host
 
-Whether the devices can really reach each other is found out by trying (`setup.py`).
+Whether the devices can really reach each other is found out by trying (`factory.py`).
 """
 
 from __future__ import annotations
