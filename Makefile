@@ -44,6 +44,7 @@ bench: $(DEV_STAMP) ## measure serving speed: ARGS='--help' lists the options
 bench-gpu: $(SERVE_STAMP) ## measure one GPU, alone and in a burst: SHAPE=qwen2.5-14b
 	$(BIN)/python -m benchmarks.gpu $(if $(SHAPE),--shape '$(SHAPE)')
 	$(BIN)/python -m benchmarks.gpu_burst $(if $(SHAPE),--shape '$(SHAPE)')
+	$(BIN)/python -m benchmarks.gpu_links
 
 clean: ## remove the environment and what the tools left
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -13,8 +13,10 @@ import time
 from enum import IntEnum
 
 import msgpack
+import torch
 
 from benchmarks.command import run_command
+from services.worker.channels.factory import ChannelFactory
 from services.worker.links.base import DownReason, Link, LinkClass, LinkFrame, Transport
 from services.worker.links.config import LinkConfig
 from services.worker.links.context import EndpointAddress, LinkContext, LinkHandlers
@@ -46,7 +48,10 @@ def make_context(
 ) -> LinkContext:
     """A worker on this host that uses `transports`."""
     address = EndpointAddress("127.0.0.1", "", host_id(), transports)
-    return LinkContext(worker_id, bus, SUBJECTS, address, config, handlers, lambda: (1, 1))
+    channels = ChannelFactory.through_host(torch.device("cpu"))
+    return LinkContext(
+        worker_id, bus, SUBJECTS, address, config, handlers, channels, lambda: (1, 1)
+    )
 
 
 def answer(link: Link, frame: LinkFrame) -> None:

@@ -12,9 +12,9 @@ import ctypes
 import errno
 import mmap
 import os
-from collections import Counter
 
 from services.worker.memory.errors import DeviceMemoryError
+from tests.refusals import RefusableCalls
 
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
@@ -27,20 +27,15 @@ _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-class FakeCudaDriver:
-    """Implements `VmmDriver`. `fail` makes later calls be refused; `calls` counts them."""
+class FakeCudaDriver(RefusableCalls):
+    """Implements `VmmDriver`."""
 
     def __init__(self, granularity_bytes: int) -> None:
+        super().__init__()
         self._granularity_bytes = granularity_bytes
-        self.calls: Counter[str] = Counter()
         self.handles: dict[int, int] = {}  # size by handle, which is a file descriptor
         self.reservations: dict[int, int] = {}  # size by address
         self.mappings: dict[int, int] = {}  # size by address
-        self._failures: dict[str, int] = {}
-
-    def fail(self, name: str, after: int = 0) -> None:
-        """Refuse one call of `name`, once `after` more of them have succeeded."""
-        self._failures[name] = after
 
     @property
     def granularity_bytes(self) -> int:
@@ -104,15 +99,10 @@ class FakeCudaDriver:
         self._enter("synchronize")
 
     def _enter(self, name: str, nbytes: int | None = None) -> None:
-        """Count a call, check its size, and refuse it if that was asked for."""
-        self.calls[name] += 1
+        """Count a call, refuse it if that was asked for, and check its size."""
+        self.note(name)
         if nbytes is not None and (nbytes <= 0 or nbytes % self._granularity_bytes):
             raise DeviceMemoryError(f"{name}: {nbytes} bytes are not whole pages")
-        if name in self._failures:
-            self._failures[name] -= 1
-            if self._failures[name] < 0:
-                del self._failures[name]
-                raise DeviceMemoryError(f"{name}: refused by the test")
 
     def _mapped_in(self, address: int, nbytes: int) -> list[int]:
         """Mappings that touch a part of the addresses."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from services.worker.kernels.blocks import gather_blocks, scatter_blocks
 from services.worker.kernels.ops import HeadNorms, PagedBatch
 from tests import oracles
 
 
 class TorchOps:
     """Implements `LayerOps`."""
+
+    gather_blocks = staticmethod(gather_blocks)
+    scatter_blocks = staticmethod(scatter_blocks)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor

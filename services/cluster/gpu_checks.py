@@ -17,6 +17,8 @@ from services.cluster.checks import Check, Finding
 PROBE_SECONDS = 120.0
 _SOFTWARE = "GPU software"
 _MAPPING = "GPU memory mapping"
+_IPC = ("CUDA IPC memory", "CUDA IPC words")
+_NCCL = "NCCL"
 
 
 def check_gpu() -> Iterable[Check]:
@@ -47,9 +49,17 @@ def judge_probes(probes: Sequence[Mapping[str, object]]) -> Iterator[Check]:
             finding = Finding.FAILED  # a worker on this GPU would not start
         yield Check(subject, finding, str(probe["detail"]))
     if probes:
-        device = "the GPU in bfloat16" if uses_gpu else "the CPU in float32"
-        detail = f"{device}; what they send each other goes through host memory"
-        yield Check("workers use", Finding.OK, detail)
+        yield Check("workers use", Finding.OK, _uses(is_ok) if uses_gpu else "the CPU in float32")
+
+
+def _uses(is_ok: Mapping[str, bool]) -> str:
+    """Of a GPU, and between GPUs; links find out for themselves whether these reach each other."""
+    between = "NCCL" if is_ok.get(_NCCL, False) else "host memory"
+    within = "CUDA IPC" if all(is_ok.get(each, False) for each in _IPC) else between
+    return (
+        f"the GPU in bfloat16; tensors travel by {within} between workers of this host,"
+        f" by {between} between hosts"
+    )
 
 
 def _has_device() -> bool:

@@ -13,6 +13,8 @@ from pathlib import Path
 import structlog
 import torch
 
+from services.worker.channel_options import make_channel_factory
+from services.worker.channels.factory import ChannelFactory, TensorSizes
 from services.worker.core import EngineCore
 from services.worker.device import (
     default_chunk_bytes,
@@ -46,13 +48,18 @@ _PROFILE_FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """A loaded engine, its part in groups, what is to be known of it, and the model to close."""
+    """A loaded engine, its part in groups, what is to be known of it, and the model to close.
+
+    Attributes:
+        channels: what its tensors may travel by.
+    """
 
     core: EngineCore
     member: GroupMember
     facts: ModelFacts
     runner: ModelRunner
     tidying: Tidying
+    channels: ChannelFactory
 
 
 def build_engine(settings: WorkerSettings) -> BuiltEngine:
@@ -106,7 +113,11 @@ def build_engine(settings: WorkerSettings) -> BuiltEngine:
     core = EngineCore(scheduler, runner)
     member = GroupMember(core, scheduler, runner)
     tidying = Tidying(runner.pool, runner.activity)
-    return BuiltEngine(core, member, model_facts(runner), runner, tidying)
+    activation_bytes = max_num_batched_tokens * runner.config.hidden_size * runner.dtype.itemsize
+    channels = make_channel_factory(
+        settings, kernels.device, TensorSizes(activation_bytes, runner.kv_block_bytes)
+    )
+    return BuiltEngine(core, member, model_facts(runner), runner, tidying, channels)
 
 
 def _profile(

@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from services.worker.channels.words import SharedWords, drained, filled, words_bytes
+from services.worker.links.files import create_sealed
 from services.worker.memory.base import ChunkRun
 from services.worker.memory.cuda import CudaMemory
 from services.worker.memory.cuda_driver import CudaDriver
@@ -121,10 +123,16 @@ def _probe_ipc_memory(driver: CudaDriver, peer: _Peer) -> str:
     return "a second process opens device memory"
 
 
-def _probe_ipc_event(driver: CudaDriver, peer: _Peer) -> str:
-    _event, handle = CudaIpc(driver).record_event()
-    peer.ask("wait for event", handle)
-    return "a second process waits for events"
+def _probe_ipc_words(driver: CudaDriver, peer: _Peer) -> str:
+    """A stream of each process writes a word that one of the other waits for."""
+    with open(create_sealed("kunserve-probe", words_bytes(1)), "rb") as file:
+        words = SharedWords(CudaIpc(driver), file.fileno(), 1)
+        words.launch_write(filled(0), 1)
+        peer.ask("wait for word", files=(file.fileno(),))
+        words.launch_wait(drained(0), 1)
+        driver.synchronize()
+        words.close()
+    return "streams of two processes wait for each other"
 
 
 def _probe_torch() -> str:
@@ -184,8 +192,8 @@ def _act(driver: CudaDriver, action: str, payload: bytes, files: list[int]) -> N
             address = ipc.open_memory(payload)
             _check_and_answer(driver, address)
             ipc.close_memory(address)
-        case "wait for event":
-            CudaIpc(driver).wait_event(payload)
+        case "wait for word":
+            _wait_and_answer(driver, files[0])
         case _:
             raise ProbeError(f"no such action: {action}")
 
@@ -201,6 +209,15 @@ def _map_and_answer(driver: CudaDriver, file: int) -> None:
     driver.unmap(address, nbytes)
     driver.free(address, nbytes)
     driver.release(handle)
+
+
+def _wait_and_answer(driver: CudaDriver, file: int) -> None:
+    with open(file, "rb"):
+        words = SharedWords(CudaIpc(driver), file, 1)
+    words.launch_wait(filled(0), 1)
+    words.launch_write(drained(0), 1)
+    driver.synchronize()
+    words.close()
 
 
 def _check_and_answer(driver: CudaDriver, address: int) -> None:
@@ -222,7 +239,7 @@ def main(arguments: list[str]) -> None:
     _report("GPU memory mapping", lambda: _probe_remap(driver))
     _report("GPU memory export", lambda: _probe_export(driver, peer))
     _report("CUDA IPC memory", lambda: _probe_ipc_memory(driver, peer))
-    _report("CUDA IPC events", lambda: _probe_ipc_event(driver, peer))
+    _report("CUDA IPC words", lambda: _probe_ipc_words(driver, peer))
     _report("NCCL", _probe_nccl)
     peer.close()
 

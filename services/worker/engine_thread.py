@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import structlog
 
 from services.worker.build import BuiltEngine
+from services.worker.channels.factory import ChannelFactory
 from services.worker.core import EngineCore
 from services.worker.engine.outputs import SchedulerLoad
 from services.worker.engine.request import Request
@@ -169,6 +170,7 @@ class EngineThread:
         self._num_changes = 0  # of what the worker holds, as reported last
         #: Of the worker's memory, once it is loaded; see `MemoryPool.shareable_file`.
         self.memory_file: int | None = None
+        self.channels: ChannelFactory  # once it is loaded, too
         self._ready: Future[ModelFacts] = Future()
         self._finished: Future[None] = Future()
         self._log = structlog.get_logger(component="engine")
@@ -212,6 +214,7 @@ class EngineThread:
             self._finished.set_result(None)
             return
         self.memory_file = engine.runner.pool.shareable_file
+        self.channels = engine.channels
         self._ready.set_result(engine.facts)
         try:
             self._run(engine)

@@ -50,8 +50,12 @@ class GroupLinks:
         try:
             async with asyncio.timeout(timeout_seconds):
                 for worker_id in worker_ids[position + 1 :]:
-                    peer = LinkPeer(worker_id, key.group_id, term, key.epoch)
-                    links[worker_id] = await endpoint.open(peer, timeout_seconds=timeout_seconds)
+                    is_next = worker_id == worker_ids[position + 1]
+                    links[worker_id] = await endpoint.open(
+                        LinkPeer(worker_id, key.group_id, term, key.epoch),
+                        num_activations=len(worker_ids) if is_next else 0,  # one for each stage
+                        timeout_seconds=timeout_seconds,
+                    )
                 for worker_id in worker_ids[:position]:
                     links[worker_id] = await self._take(key, worker_id)
         except BaseException:

@@ -208,6 +208,7 @@ class GroupService:
                 on_frame=lambda link, frame: engine.submit(FrameReceived(frame)),
                 on_down=lambda link, reason: engine.submit(LinkDown(link, reason)),
             ),
+            channels=engine.channels,
             current=lambda: transition.committed,
             totals=self._link_totals,
         )

@@ -36,6 +36,15 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class LinkChannel(StrEnum):
+    """What carries tensors between GPUs."""
+
+    AUTO = "auto"
+    HOST = "host"
+    CUDA_IPC = "cuda_ipc"
+    NCCL = "nccl"
+
+
 def default_worker_id() -> str:
     """Host name and a random suffix: unique when one service is scaled to many containers."""
     host = "".join(letter if letter.isalnum() else "-" for letter in socket.gethostname())
@@ -108,6 +117,11 @@ class WorkerSettings(ServiceSettings):
     )
     link_shared_memory: bool = Field(
         default=True, description="use shared memory between workers of one host, else TCP"
+    )
+    link_channel: LinkChannel = Field(
+        default=LinkChannel.AUTO,
+        description="how tensors travel between GPUs: auto, host, cuda_ipc or nccl"
+        " (auto: CUDA IPC on one host, else NCCL, else through the host)",
     )
     admin_host: str = Field(default="127.0.0.1", description="address of /live, /ready, /metrics")
     admin_port: int | None = Field(

@@ -9,17 +9,11 @@ import mmap
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
-from typing import cast
 
 import pytest
 
 from services.worker.links.base import LinkClass, LinkError, LinkFrame, LinkPeer, Transport
-from services.worker.links.config import LinkConfig
-from services.worker.links.context import EndpointAddress, LinkContext, LinkHandlers
-from services.worker.links.endpoint import LinkEndpoint
 from services.worker.links.handshake import HELLO_BYTES, LinkRefusedError
-from services.worker.links.host import host_id
 from services.worker.links.link import StreamLink
 from services.worker.links.messages import LinkAnswer, LinkOffer
 from services.worker.memory.base import FileRun
@@ -27,46 +21,9 @@ from shared.bus.base import Bus
 from shared.bus.memory import MemoryBus, MemoryServer
 from shared.bus.nats import connect as connect_nats
 from shared.embedded_nats import EmbeddedNats
-from shared.subjects import Subjects
 from tests.conftest import eventually
-from tests.link_peer import Inbox, Kind
-
-SUBJECTS = Subjects("links")
-DEADLINE = 10.0
-
-
-@dataclass
-class Worker:
-    """An endpoint and what it was called with."""
-
-    worker_id: str
-    bus: Bus
-    host_id: str = field(default_factory=host_id)
-    transports: tuple[Transport, ...] = (Transport.SHM, Transport.TCP)
-    current: tuple[int, int] = (1, 5)
-    memory: int | None = None
-    inbox: Inbox = field(default_factory=Inbox)
-    accepted: list[StreamLink] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        address = EndpointAddress("127.0.0.1", "", self.host_id, self.transports, self.memory)
-        handlers = LinkHandlers(self.accepted.append, self.inbox.on_frame, self.inbox.on_down)
-        self.endpoint = LinkEndpoint(
-            LinkContext(
-                self.worker_id,
-                self.bus,
-                SUBJECTS,
-                address,
-                LinkConfig(),
-                handlers,
-                lambda: self.current,
-            )
-        )
-
-    async def open(self, epoch: int = 5) -> StreamLink:
-        peer = LinkPeer("b", "g0", 1, epoch)
-        return await self.endpoint.open(peer, timeout_seconds=DEADLINE)
-
+from tests.link_peer import Kind
+from tests.link_workers import DEADLINE, Worker, close_all, tampering
 
 Start = Callable[[Worker], Awaitable[Worker]]
 
@@ -88,27 +45,6 @@ async def start() -> AsyncIterator[Start]:
             return worker
 
         yield run
-
-
-def close_all(links: list[StreamLink]) -> None:
-    for link in links:
-        link.close()
-
-
-class TamperingBus:
-    """A bus on which answers to offers are changed on their way."""
-
-    def __init__(self, bus: Bus, change: Callable[[LinkOffer, LinkAnswer], LinkAnswer]) -> None:
-        self._bus = bus
-        self._change = change
-
-    async def request(self, subject: str, payload: bytes, *, timeout_seconds: float) -> bytes:
-        answer = await self._bus.request(subject, payload, timeout_seconds=timeout_seconds)
-        return self._change(LinkOffer.decode(payload), LinkAnswer.decode(answer)).encode()
-
-
-def tampering(bus: Bus, change: Callable[[LinkOffer, LinkAnswer], LinkAnswer]) -> Bus:
-    return cast(Bus, TamperingBus(bus, change))
 
 
 async def exchange_frames(link: StreamLink, opener: Worker, acceptor: Worker) -> None:

@@ -2,6 +2,7 @@
 
     how weights lie in memory     packed_nbytes, pack_weight
     the ends of the model         embedding, rms_norm, linear
+    KV that travels               gather_blocks, scatter_blocks
 
 `CpuKernels` packs matrices for its own GEMM; `TorchKernels` leaves them as they are. What a packed
 matrix looks like is nobody else's affair: it is an address.
@@ -9,6 +10,7 @@ matrix looks like is nobody else's affair: it is an address.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -73,6 +75,24 @@ class Kernels(Protocol):
         out: torch.Tensor,  # [m, n], of any float type
     ) -> None:
         """out = x @ w.T, w packed."""
+        ...
+
+    def gather_blocks(
+        self,
+        caches: Sequence[torch.Tensor],  # of each layer [blocks, ...]; only mapped ones are touched
+        block_table: Sequence[int],
+        part: torch.Tensor,  # [num_layers * num_blocks * block_bytes] uint8
+    ) -> None:
+        """Copy the blocks `block_table` of each layer to `part`, layer after layer."""
+        ...
+
+    def scatter_blocks(
+        self,
+        caches: Sequence[torch.Tensor],  # as above
+        block_table: Sequence[int],
+        part: torch.Tensor,  # as above
+    ) -> None:
+        """Copy `part` to the blocks `block_table` of each layer."""
         ...
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from types import TracebackType
 
 import torch
 
+from services.worker.kernels.blocks import gather_blocks, scatter_blocks
 from services.worker.kernels.build import build_library, find_compiler
 from services.worker.kernels.library import (
     AttentionBatchStruct,
@@ -89,6 +90,9 @@ class CpuKernels:
     Compiles the library at first use (KernelBuildError when that fails). Calls from several
     threads are serialised. Close it, or use it as a context manager, to end the threads.
     """
+
+    gather_blocks = staticmethod(gather_blocks)
+    scatter_blocks = staticmethod(scatter_blocks)
 
     def __init__(
         self, num_threads: int, *, cache_dir: Path | None = None, library: Path | None = None

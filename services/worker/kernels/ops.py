@@ -1,4 +1,5 @@
-"""What a decoder layer computes beside its matrix products, on whatever device its tensors are.
+"""What a decoder layer computes beside its matrix products, on whatever device its tensors are;
+and how the KV of many layers is copied.
 
 The Triton kernels (`cuda/ops.py`) do it on a GPU. `tests/torch_ops.py` says the same in plain
 torch; it is their oracle, and with it the layers of a CUDA worker run in tests on any machine.
@@ -6,6 +7,7 @@ torch; it is their oracle, and with it the layers of a CUDA worker run in tests 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -116,4 +118,22 @@ class LayerOps(Protocol):
         Args:
             sliding_window: a query sees this many last positions, its own included; 0 means all.
         """
+        ...
+
+    def gather_blocks(
+        self,
+        caches: Sequence[torch.Tensor],  # of each layer [blocks, ...]
+        block_table: Sequence[int],
+        part: torch.Tensor,  # [num_layers * num_blocks * block_bytes] uint8
+    ) -> None:
+        """Copy the blocks `block_table` of each layer to `part`."""
+        ...
+
+    def scatter_blocks(
+        self,
+        caches: Sequence[torch.Tensor],  # of each layer [blocks, ...]
+        block_table: Sequence[int],
+        part: torch.Tensor,  # [num_layers * num_blocks * block_bytes] uint8
+    ) -> None:
+        """Copy `part` to the blocks `block_table` of each layer."""
         ...

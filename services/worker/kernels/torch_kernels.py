@@ -6,6 +6,8 @@ bound to CUDA: with the right `LayerOps` it runs on any device of torch, as it d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from services.worker.kernels.ops import LayerOps
@@ -67,6 +69,18 @@ class TorchKernels:
         """out = x @ w.T."""
         weight = tensor_at(packed, (n, x.shape[1]), self.dtype, self.device)
         out.copy_(torch.nn.functional.linear(x, weight))
+
+    def gather_blocks(
+        self, caches: Sequence[torch.Tensor], block_table: Sequence[int], part: torch.Tensor
+    ) -> None:
+        """Copy the blocks of each layer to `part` [num_layers * num_blocks * block_bytes]."""
+        self.ops.gather_blocks(caches, block_table, part)
+
+    def scatter_blocks(
+        self, caches: Sequence[torch.Tensor], block_table: Sequence[int], part: torch.Tensor
+    ) -> None:
+        """Copy `part` to the blocks of each layer."""
+        self.ops.scatter_blocks(caches, block_table, part)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -5,4 +5,6 @@ shared memory on one host, TCP between hosts) with one priority queue in front.
 
     engine thread --send()--> FrameQueue --chunks--> ByteStream ~~~ peer
     engine thread <--on_frame-- Reassembler <-------- ByteStream ~~~ peer
+
+Tensors go in the frames or, from GPU to GPU, beside them: see `services/worker/channels`.
 """

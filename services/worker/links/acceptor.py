@@ -6,6 +6,7 @@ LinkOffer --> answer: an invitation --> connection with a good hello --> on_link
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 import time
@@ -13,8 +14,15 @@ from collections.abc import Coroutine, Sequence
 
 import structlog
 
+from services.worker.channels.factory import EstablishedChannel
 from services.worker.links.base import LinkError, Transport
-from services.worker.links.context import Connection, LinkContext, make_link
+from services.worker.links.context import (
+    Connection,
+    LinkContext,
+    connect_in_thread,
+    make_link,
+)
+from services.worker.links.files import close_all
 from services.worker.links.handshake import (
     HELLO_BYTES,
     Invitation,
@@ -24,7 +32,6 @@ from services.worker.links.handshake import (
     make_welcome,
 )
 from services.worker.links.listeners import (
-    close_all,
     listen_tcp,
     listen_unix,
     require_same_user,
@@ -104,7 +111,11 @@ class LinkAcceptor:
         choice = choose_transport(offer.transports, offer.host_id, own.transports, own.host_id)
         try:
             invitation = self._invitations.invite(
-                offer, choice, time.monotonic(), shares_memory=own.memory_file is not None
+                offer,
+                choice,
+                self._context.channels.offer,
+                time.monotonic(),
+                shares_memory=own.memory_file is not None,
             )
         except LinkRefusedError as error:
             return LinkAnswer(status=LinkAnswerStatus.NO_TRANSPORT, detail=str(error))
@@ -116,6 +127,8 @@ class LinkAcceptor:
             port=self._port,
             socket_name=self._socket_name,
             shares_memory=invitation.shares_memory,
+            channels=invitation.channel_plan.choice.candidates,
+            channel_fallback=invitation.channel_plan.choice.fallback,
             link_id=invitation.link_id,
             key=invitation.key,
         )
@@ -143,24 +156,35 @@ class LinkAcceptor:
 
     async def _greet(self, connection: socket.socket, transport: Transport) -> None:
         """Make a link of a connection that says a good hello; close any other."""
+        try:
+            invitation, files = await self._hear(connection, transport)
+            made = await connect_in_thread(
+                functools.partial(self._welcome, connection, invitation, files)
+            )
+        except (LinkError, OSError, TimeoutError) as error:
+            self._log.warning("link.refused", transport=transport.value, detail=repr(error))
+            return
+        finally:
+            self._greeting -= 1
+        if (invitation.peer.term, invitation.peer.epoch) < self._context.current():
+            made.close()  # its plan has ended meanwhile
+            return
+        link = make_link(self._context, made, invitation.peer, invitation.fallback)
+        self._context.handlers.on_link(link)
+        link.start()
+
+    async def _hear(
+        self, connection: socket.socket, transport: Transport
+    ) -> tuple[Invitation, list[int]]:
+        """A good hello, and what descriptors came with it; else the connection is closed."""
         files: list[int] = []
         try:
             async with asyncio.timeout(_HELLO_SECONDS):
-                invitation = await self._read_hello(connection, transport, files)
-            stream = self._welcome(connection, invitation, files)
-        except (LinkError, OSError, TimeoutError) as error:
-            self._log.warning("link.refused", transport=transport.value, detail=repr(error))
-            connection.close()
-            return
+                return await self._read_hello(connection, transport, files), files
         except BaseException:
             connection.close()
-            raise
-        finally:
-            self._greeting -= 1
             close_all(files)
-        link = make_link(self._context, stream, invitation.peer, invitation.fallback)
-        self._context.handlers.on_link(link)
-        link.start()
+            raise
 
     async def _read_hello(
         self, connection: socket.socket, transport: Transport, files: list[int]
@@ -181,11 +205,29 @@ class LinkAcceptor:
     def _welcome(
         self, connection: socket.socket, invitation: Invitation, files: Sequence[int]
     ) -> Connection:
-        """Answer a good hello; on shared memory the welcome brings the memory along."""
-        welcome = make_welcome(invitation.link_id, invitation.key)
-        if invitation.transport is Transport.TCP:
-            connection.send(welcome)
-            return Connection(TcpStream(connection))
+        """Answer a good hello and set up what carries tensors. Blocks; runs in a thread.
+
+        Connection and descriptors belong to it. Raises LinkError or OSError.
+        """
+        try:
+            if invitation.transport is Transport.TCP:
+                return self._welcome_tcp(connection, invitation)
+            return self._welcome_unix(connection, invitation, files)
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            close_all(files)
+
+    def _welcome_tcp(self, connection: socket.socket, invitation: Invitation) -> Connection:
+        connection.send(make_welcome(invitation.link_id, invitation.key))
+        stream = TcpStream(connection)
+        return Connection(stream, self._establish(connection, invitation))
+
+    def _welcome_unix(
+        self, connection: socket.socket, invitation: Invitation, files: Sequence[int]
+    ) -> Connection:
+        """The welcome brings the memory along."""
         memory, memory_file = None, None
         if invitation.shares_memory:
             if len(files) != 1:
@@ -194,10 +236,15 @@ class LinkAcceptor:
             memory_file = self._context.address.memory_file
         rings = create_ring_memory()
         try:
+            welcome = make_welcome(invitation.link_id, invitation.key)
             send_with_files(connection, welcome, [rings], memory_file)
-            return Connection(ShmStream(connection, rings, is_acceptor=True), memory)
+            stream = ShmStream(connection, rings, is_acceptor=True)
         finally:
             os.close(rings)
+        return Connection(stream, self._establish(connection, invitation), memory)
+
+    def _establish(self, connection: socket.socket, invitation: Invitation) -> EstablishedChannel:
+        return self._context.channels.establish(connection, invitation.channel_plan)
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(coroutine, name="links")

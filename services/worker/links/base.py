@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.worker.memory.base import FileRun
 from shared.errors import KunserveError
+
+if TYPE_CHECKING:  # they know links
+    from services.worker.channels.base import ChannelKind, TensorChannel, Traffic
 
 Buffer = bytes | bytearray | memoryview
 
@@ -97,7 +100,7 @@ class LinkStats:
 
     `control_delay_*` is the time a CONTROL frame waited between `send` and its first byte on the
     way (the last 1024 of them for the quantile). `bandwidth` is measured while bulk is sent, None
-    before there was any.
+    before there was any. `tensors` counts what `channel` has carried, in frames or beside them.
     """
 
     transport: Transport
@@ -106,6 +109,9 @@ class LinkStats:
     control_delay_p99_seconds: float = 0.0
     bandwidth_bytes_per_second: float | None = None
     chunk_bytes: int = 0
+    channel: ChannelKind | None = None
+    channel_fallback: str = ""
+    tensors: Traffic = field(default_factory=dict)
 
 
 class PeerMemory(Protocol):
@@ -132,6 +138,11 @@ class Link(Protocol):
     @property
     def peer_memory(self) -> PeerMemory | None:
         """The peer's memory, where both may read each other's; None once the link is down."""
+        ...
+
+    @property
+    def channel(self) -> TensorChannel:
+        """What carries tensors, in the link's frames or beside them."""
         ...
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
 
+from services.worker.channels.factory import ChannelFactory, EstablishedChannel
 from services.worker.links.base import (
     DownHandler,
     FrameHandler,
@@ -72,6 +74,7 @@ class LinkContext:
     """The worker that links belong to.
 
     Args:
+        channels: makes what carries tensors.
         current: the (term, epoch) the worker is at; offers of older plans are refused.
         totals: counts what all of them carry.
     """
@@ -82,35 +85,74 @@ class LinkContext:
     address: EndpointAddress
     config: LinkConfig
     handlers: LinkHandlers
+    channels: ChannelFactory
     current: Callable[[], tuple[int, int]]
     totals: LinkTotals = field(default_factory=LinkTotals)
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """What a handshake ends with: a stream, and the peer's memory where both share it."""
+    """What a handshake ends with.
+
+    Attributes:
+        stream: for frames.
+        tensors: what carries tensors, and why it is nothing better.
+        memory: the peer's, where both share it.
+    """
 
     stream: ByteStream
+    tensors: EstablishedChannel
     memory: PeerMemory | None = None
+
+    def close(self) -> None:
+        """Give up a connection that no link was made of."""
+        self.tensors.channel.close()
+        self.stream.shutdown()
+        self.stream.close()
+
+
+async def connect_in_thread(connect: Callable[[], Connection]) -> Connection:
+    """What `connect` gives, which may block; closed if nobody waits for it any more."""
+    future = asyncio.ensure_future(asyncio.to_thread(connect))
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        future.add_done_callback(_close_unwanted)
+        raise
+
+
+def _close_unwanted(late: asyncio.Future[Connection]) -> None:
+    if not late.cancelled() and late.exception() is None:
+        late.result().close()
 
 
 def make_link(
     context: LinkContext, connection: Connection, peer: LinkPeer, fallback: str
 ) -> StreamLink:
     """A link that is not started yet; says in the log what it runs on, loudly if on less."""
-    stream, memory = connection.stream, connection.memory
+    stream, memory, tensors = connection.stream, connection.memory, connection.tensors
     log = structlog.get_logger(component="links", worker=context.worker_id, peer=peer.worker_id)
-    say = log.info if fallback in ("", DIFFERENT_HOSTS) else log.warning
+    is_fast = fallback in ("", DIFFERENT_HOSTS) and not tensors.fallback
+    say = log.info if is_fast else log.warning
     say(
         "link.up",
         transport=stream.transport.value,
         reads_memory=memory is not None,
+        channel=tensors.channel.kind.value,
         epoch=peer.epoch,
         fallback=fallback,
+        channel_fallback=tensors.fallback,
     )
     handlers = context.handlers
     link = StreamLink(
-        stream, peer, context.config, handlers.on_frame, handlers.on_down, fallback, memory
+        stream,
+        peer,
+        context.config,
+        handlers.on_frame,
+        handlers.on_down,
+        fallback,
+        peer_memory=memory,
+        tensors=tensors,
     )
     context.totals.add(link)
     return link

@@ -7,16 +7,27 @@ offers of others: see LinkAcceptor
 from __future__ import annotations
 
 import asyncio
+import functools
 
+from services.worker.channels.base import ChannelError
+from services.worker.channels.choice import ChannelChoice, ChannelPlan
 from services.worker.links.acceptor import LinkAcceptor
 from services.worker.links.base import LinkError, LinkPeer, Transport
-from services.worker.links.context import Connection, LinkContext, make_link
+from services.worker.links.context import (
+    Connection,
+    LinkContext,
+    connect_in_thread,
+    make_link,
+)
 from services.worker.links.handshake import LinkRefusedError
 from services.worker.links.link import StreamLink
 from services.worker.links.listeners import connect
 from services.worker.links.messages import LinkAnswer, LinkAnswerStatus, LinkOffer
 from shared.bus.base import BusError
 from shared.wire import MessageError
+
+#: Of the time to open a link, for what carries tensors.
+_SETUP_SHARE = 0.6
 
 
 class LinkEndpoint:
@@ -34,8 +45,13 @@ class LinkEndpoint:
         """Take no more links; those that are up belong to their owners. Idempotent."""
         await self._acceptor.close()
 
-    async def open(self, peer: LinkPeer, *, timeout_seconds: float) -> StreamLink:
+    async def open(
+        self, peer: LinkPeer, *, num_activations: int = 0, timeout_seconds: float
+    ) -> StreamLink:
         """Open a link to a worker; its threads run already.
+
+        Args:
+            num_activations: that may be on their way to that worker at once.
 
         Where shared memory was agreed on and fails, TCP is tried, which is logged and stays in
         the link's `fallback`.
@@ -46,47 +62,55 @@ class LinkEndpoint:
         """
         try:
             async with asyncio.timeout(timeout_seconds):
-                return await self._open(peer, timeout_seconds)
+                return await self._open(peer, num_activations, timeout_seconds)
         except TimeoutError as error:
             raise LinkError(f"no link to {peer.worker_id} within {timeout_seconds:g} s") from error
         except BusError as error:
             raise LinkError(f"worker {peer.worker_id} cannot be asked: {error}") from error
 
-    async def _open(self, peer: LinkPeer, timeout_seconds: float) -> StreamLink:
-        answer = await self._offer(peer, self._context.address.transports, "", timeout_seconds)
-        try:
-            connection = await self._connect(answer, timeout_seconds)
-        except LinkError as error:
-            if answer.transport is not Transport.SHM:
-                raise
-            reason = f"shared memory failed: {error}"
-            answer = await self._offer(peer, (Transport.TCP,), reason, timeout_seconds)
-            connection = await self._connect(answer, timeout_seconds)
-        link = make_link(self._context, connection, peer, answer.fallback)
-        link.start()
-        return link
-
-    async def _connect(self, answer: LinkAnswer, timeout_seconds: float) -> Connection:
-        memory_file = self._context.address.memory_file
-        return await asyncio.to_thread(connect, answer, memory_file, timeout_seconds)
-
-    async def _offer(
-        self,
-        peer: LinkPeer,
-        transports: tuple[Transport, ...],
-        fallback: str,
-        timeout_seconds: float,
-    ) -> LinkAnswer:
+    async def _open(
+        self, peer: LinkPeer, num_activations: int, timeout_seconds: float
+    ) -> StreamLink:
         offer = LinkOffer(
             worker_id=self._context.worker_id,
             group_id=peer.group_id,
             term=peer.term,
             epoch=peer.epoch,
             host_id=self._context.address.host_id,
-            transports=transports,
-            fallback=fallback,
+            transports=self._context.address.transports,
             shares_memory=self._context.address.memory_file is not None,
+            channels=self._context.channels.offer,
+            num_activations=num_activations,
+            setup_seconds=_SETUP_SHARE * timeout_seconds,
         )
+        answer = await self._ask(peer, offer, timeout_seconds)
+        try:
+            connection = await self._connect(answer, offer, timeout_seconds)
+        except ChannelError:
+            raise  # another transport would not help
+        except LinkError as error:
+            if answer.transport is not Transport.SHM:
+                raise
+            reason = f"shared memory failed: {error}"
+            offer = offer.model_copy(update={"transports": (Transport.TCP,), "fallback": reason})
+            answer = await self._ask(peer, offer, timeout_seconds)
+            connection = await self._connect(answer, offer, timeout_seconds)
+        link = make_link(self._context, connection, peer, answer.fallback)
+        link.start()
+        return link
+
+    async def _connect(
+        self, answer: LinkAnswer, offer: LinkOffer, timeout_seconds: float
+    ) -> Connection:
+        choice = ChannelChoice(answer.channels, answer.channel_fallback)
+        plan = ChannelPlan(choice, 0, offer.setup_seconds)  # activations go to the later stage
+        establish = functools.partial(self._context.channels.establish, plan=plan)
+        memory_file = self._context.address.memory_file
+        return await connect_in_thread(
+            functools.partial(connect, answer, memory_file, establish, timeout_seconds)
+        )
+
+    async def _ask(self, peer: LinkPeer, offer: LinkOffer, timeout_seconds: float) -> LinkAnswer:
         payload = await self._context.bus.request(
             self._context.subjects.link(peer.worker_id),
             offer.encode(),

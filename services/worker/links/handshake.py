@@ -6,6 +6,8 @@
     hello  = magic, link_id, MAC(key, "hello") ---->
                      <----  welcome = magic, MAC(key, "welcome")
 
+Then both set up what carries tensors, over the same connection, unless that is the link itself.
+
 On shared memory file descriptors travel along: with the welcome that of the rings; and, where both
 workers share their memory, with the hello and the welcome those of the memory.
 
@@ -21,6 +23,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.worker.channels.choice import ChannelOffer, ChannelPlan, choose_channels
 from services.worker.links.base import LinkError, LinkPeer, Transport
 from services.worker.links.messages import LinkOffer
 
@@ -29,6 +32,8 @@ _ID_BYTES, _KEY_BYTES, _MAC_BYTES = 16, 32, 32
 HELLO_BYTES = len(_MAGIC) + _ID_BYTES + _MAC_BYTES
 WELCOME_BYTES = len(_MAGIC) + _MAC_BYTES
 INVITATION_SECONDS = 10.0
+#: What a peer may want for setting up a channel, at most.
+_MAX_SETUP_SECONDS = 60.0
 #: The one reason for TCP that is no fault.
 DIFFERENT_HOSTS = "different host, network namespace or user"
 
@@ -91,6 +96,7 @@ class Invitation:
     peer: LinkPeer
     fallback: str
     shares_memory: bool
+    channel_plan: ChannelPlan
     expires_at: float
 
 
@@ -101,15 +107,25 @@ class Invitations:
         self._open: dict[bytes, Invitation] = {}
 
     def invite(
-        self, offer: LinkOffer, choice: TransportChoice, now: float, *, shares_memory: bool
+        self,
+        offer: LinkOffer,
+        choice: TransportChoice,
+        channels: ChannelOffer,
+        now: float,
+        *,
+        shares_memory: bool,
     ) -> Invitation:
-        """Give one out. Raises LinkRefusedError where there is no transport.
+        """Give one out. Raises LinkRefusedError where there is no transport, or no channel.
 
         Args:
+            channels: what may carry tensors to and from this worker.
             shares_memory: this worker's memory may be read by others.
         """
         if choice.transport is None:
             raise LinkRefusedError(f"no transport that both workers can use: {choice.fallback}")
+        channel_choice = choose_channels(offer.channels, channels, choice.transport)
+        if not channel_choice.candidates:
+            raise LinkRefusedError(f"no channel for tensors: {channel_choice.fallback}")
         self._open = {k: each for k, each in self._open.items() if each.expires_at > now}
         invitation = Invitation(
             secrets.token_bytes(_ID_BYTES),
@@ -118,6 +134,11 @@ class Invitations:
             LinkPeer(offer.worker_id, offer.group_id, offer.term, offer.epoch),
             offer.fallback or choice.fallback,
             choice.transport is Transport.SHM and offer.shares_memory and shares_memory,
+            ChannelPlan(
+                channel_choice,
+                offer.num_activations,
+                min(offer.setup_seconds, _MAX_SETUP_SECONDS),
+            ),
             now + INVITATION_SECONDS,
         )
         self._open[invitation.link_id] = invitation

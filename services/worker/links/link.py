@@ -3,12 +3,17 @@
 close() --> sender stops, says goodbye --> writer thread shuts the stream down
 peer gone, silent, or wrong ----------------------------------> receive thread ends
                           on_down (unless closed here), joins the writer, frees the stream
+
+Whatever carries tensors beside the frames is aborted when the receive thread ends, and closed by
+`close`, as its owner may be using it until then.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -17,6 +22,7 @@ from services.worker.links.base import (
     DownReason,
     FrameHandler,
     LinkClass,
+    LinkError,
     LinkFrame,
     LinkPeer,
     LinkStats,
@@ -29,6 +35,10 @@ from services.worker.links.receiver import FrameReceiver
 from services.worker.links.sender import FrameSender
 from services.worker.links.stream import ByteStream, StreamClosedError, StreamError
 
+if TYPE_CHECKING:  # a link itself needs no torch
+    from services.worker.channels.base import TensorChannel
+    from services.worker.channels.factory import EstablishedChannel
+
 
 class StreamLink:
     """A `Link`. Its threads run from `start` on.
@@ -38,6 +48,7 @@ class StreamLink:
         peer: who is at the other end, as the handshake found.
         fallback: why it is not a faster transport, "" where it is the fastest.
         peer_memory: the peer's, where both may read each other's.
+        tensors: what carries tensors; None on a link that carries none. The link owns it.
     """
 
     def __init__(
@@ -49,11 +60,13 @@ class StreamLink:
         on_down: DownHandler,
         fallback: str = "",
         peer_memory: PeerMemory | None = None,
+        tensors: EstablishedChannel | None = None,
     ) -> None:
         self._stream = stream
         self._peer = peer
         self._fallback = fallback
         self._peer_memory = peer_memory
+        self._tensors = tensors
         self._close_seconds = config.close_seconds
         self._on_frame = on_frame
         self._on_down = on_down
@@ -85,6 +98,12 @@ class StreamLink:
         return self._peer_memory
 
     @property
+    def channel(self) -> TensorChannel:
+        if self._tensors is None:
+            raise LinkError("this link carries no tensors")
+        return self._tensors.channel
+
+    @property
     def is_up(self) -> bool:
         return not self._sender.is_stopped
 
@@ -110,9 +129,20 @@ class StreamLink:
         return self._sender.wait_writable(link_class, timeout_seconds)
 
     def stats(self) -> LinkStats:
-        return self._sender.stats(self.transport)
+        stats = self._sender.stats(self.transport)
+        if self._tensors is None:
+            return stats
+        channel, fallback = self._tensors.channel, self._tensors.fallback
+        return replace(
+            stats, channel=channel.kind, channel_fallback=fallback, tensors=channel.traffic()
+        )
 
     def close(self) -> None:
+        self._end_threads()
+        if self._tensors is not None:
+            self._tensors.channel.close()
+
+    def _end_threads(self) -> None:
         self._closed_here = True
         self._sender.stop()
         if self._reader.ident is None:  # never started
@@ -150,6 +180,8 @@ class StreamLink:
         except Exception:
             self._log.exception("link.receiver_failed")
         self._sender.stop()
+        if self._tensors is not None:
+            self._tensors.channel.abort()
         if not self._closed_here:
             self._tell_down(self._fault or reason, detail)
         self._free()

@@ -6,10 +6,12 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
+from services.worker.channels.factory import EstablishedChannel
 from services.worker.links.base import LinkError, Transport
 from services.worker.links.context import Connection
+from services.worker.links.files import close_all
 from services.worker.links.handshake import (
     WELCOME_BYTES,
     LinkRefusedError,
@@ -19,7 +21,6 @@ from services.worker.links.handshake import (
 from services.worker.links.messages import LinkAnswer
 from services.worker.links.peer_memory import MappedPeerMemory, open_for_peers
 from services.worker.links.shm import ShmStream
-from services.worker.links.stream import ByteStream
 from services.worker.links.tcp import TcpStream
 from shared.errors import ConfigError
 
@@ -59,7 +60,13 @@ def require_same_user(connection: socket.socket) -> None:
         raise LinkRefusedError(f"a process of another user (uid {uid}) connected")
 
 
-def connect(answer: LinkAnswer, memory_file: int | None, timeout_seconds: float) -> Connection:
+#: Sets up what carries tensors, over a connection that both sides trust.
+Establish = Callable[[socket.socket], EstablishedChannel]
+
+
+def connect(
+    answer: LinkAnswer, memory_file: int | None, establish: Establish, timeout_seconds: float
+) -> Connection:
     """Connect to where `answer` says and prove the key. Blocks; meant for a thread.
 
     Args:
@@ -69,15 +76,15 @@ def connect(answer: LinkAnswer, memory_file: int | None, timeout_seconds: float)
     """
     try:
         if answer.transport is Transport.SHM:
-            return _connect_unix(answer, memory_file, timeout_seconds)
-        return Connection(_connect_tcp(answer, timeout_seconds))
+            return _connect_unix(answer, memory_file, establish, timeout_seconds)
+        return _connect_tcp(answer, establish, timeout_seconds)
     except OSError as error:
         raise LinkError(
             f"cannot connect over {answer.transport.value}: {error.strerror or error}"
         ) from error
 
 
-def _connect_tcp(answer: LinkAnswer, timeout_seconds: float) -> ByteStream:
+def _connect_tcp(answer: LinkAnswer, establish: Establish, timeout_seconds: float) -> Connection:
     connection = socket.create_connection((answer.host, answer.port), timeout_seconds)
     try:
         connection.sendall(make_hello(answer.link_id, answer.key))
@@ -88,14 +95,14 @@ def _connect_tcp(answer: LinkAnswer, timeout_seconds: float) -> ByteStream:
                 raise LinkRefusedError("the peer refused the connection")
             welcome += part
         check_welcome(bytes(welcome), answer.link_id, answer.key)
-        return TcpStream(connection)
+        return Connection(TcpStream(connection), establish(connection))
     except BaseException:
         connection.close()
         raise
 
 
 def _connect_unix(
-    answer: LinkAnswer, memory_file: int | None, timeout_seconds: float
+    answer: LinkAnswer, memory_file: int | None, establish: Establish, timeout_seconds: float
 ) -> Connection:
     shared = memory_file if answer.shares_memory else None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -112,7 +119,8 @@ def _connect_unix(
         if len(files) != (1 if shared is None else 2):
             raise LinkRefusedError("the peer's welcome came without its shared memory")
         memory = None if shared is None else MappedPeerMemory(files[1])
-        return Connection(ShmStream(connection, files[0], is_acceptor=False), memory)
+        stream = ShmStream(connection, files[0], is_acceptor=False)
+        return Connection(stream, establish(connection), memory)
     except BaseException:
         connection.close()
         raise
@@ -129,9 +137,3 @@ def send_with_files(
         socket.send_fds(connection, [data], [*files, *shared])
     finally:
         close_all(shared)
-
-
-def close_all(files: Iterable[int]) -> None:
-    """Close descriptors."""
-    for file in files:
-        os.close(file)

@@ -10,6 +10,8 @@ from enum import StrEnum
 
 from pydantic import Field
 
+from services.worker.channels.base import ChannelKind
+from services.worker.channels.choice import ChannelOffer
 from services.worker.links.base import Transport
 from shared.wire import Message
 
@@ -25,6 +27,11 @@ class LinkOffer(Message):
     transports: tuple[Transport, ...]
     fallback: str = Field(default="", description="why a faster transport is not offered")
     shares_memory: bool = Field(default=False, description="the peer may read this worker's KV")
+    channels: ChannelOffer = Field(default=ChannelOffer(), description="what may carry tensors")
+    num_activations: int = Field(
+        default=0, description="that may be on their way to the receiver at once"
+    )
+    setup_seconds: float = Field(default=5.0, description="to set up what carries tensors")
 
 
 class LinkAnswerStatus(StrEnum):
@@ -46,5 +53,9 @@ class LinkAnswer(Message):
     port: int = 0
     socket_name: str = Field(default="", description="abstract unix socket, without the NUL")
     shares_memory: bool = Field(default=False, description="both pass each other their memory")
+    channels: tuple[ChannelKind, ...] = Field(
+        default=(ChannelKind.HOST,), description="to carry tensors; tried in this order"
+    )
+    channel_fallback: str = Field(default="", description="why the best for the place is not tried")
     link_id: bytes = b""
     key: bytes = b""

@@ -13,9 +13,6 @@ has no name and abstract sockets none on disk: after kill -9 nothing is left beh
 
 from __future__ import annotations
 
-import fcntl
-import mmap
-import os
 import select
 import socket
 import struct
@@ -24,7 +21,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from services.worker.links.base import LinkError, Transport
+from services.worker.links.base import Transport
+from services.worker.links.files import create_sealed, map_sealed
 from services.worker.links.stream import StreamClosedError, StreamProtocolError
 from services.worker.links.tcp import set_read_tick
 
@@ -36,31 +34,12 @@ _STEP_BYTES = RING_BYTES // 8
 _NUMPY_COPY_BYTES = 32 * 1024
 _RECORD = struct.Struct("<QQ")
 _RECORDS_BYTES = 256 * _RECORD.size
-_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
 def create_ring_memory() -> int:
     """A file descriptor of fresh memory for both rings, of a size that nobody can change."""
-    file = os.memfd_create("kunserve-link", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(file, 2 * RING_BYTES)
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError:
-        os.close(file)
-        raise
-    return file
-
-
-def _map_rings(file: int) -> mmap.mmap:
-    """Map the rings; a file that could shrink would kill this process with SIGBUS."""
-    try:
-        sealed = fcntl.fcntl(file, fcntl.F_GET_SEALS) & _SEALS == _SEALS
-        if not sealed or os.fstat(file).st_size != 2 * RING_BYTES:
-            raise LinkError("the peer's shared memory is not sealed at the right size")
-        return mmap.mmap(file, 2 * RING_BYTES, mmap.MAP_SHARED)
-    except OSError as error:
-        raise LinkError(f"shared memory of a link cannot be mapped: {error}") from error
+    return create_sealed("kunserve-link", 2 * RING_BYTES)
 
 
 class ShmStream:
@@ -76,7 +55,7 @@ class ShmStream:
 
     def __init__(self, connection: socket.socket, file: int, is_acceptor: bool) -> None:
         # The views alone hold the mapping: it goes with the last of them.
-        memory = memoryview(_map_rings(file))
+        memory = memoryview(map_sealed(file, 2 * RING_BYTES))
         set_read_tick(connection)
         self._socket = connection
         self._tellable = select.poll()

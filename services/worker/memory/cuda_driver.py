@@ -1,7 +1,7 @@
 """The CUDA driver's virtual memory management, through `cuda.bindings`. Implements `VmmDriver`.
 
 Everything happens in the device's primary context, the one that torch uses. A context is current
-per thread, so make and use a `CudaDriver` in one thread only.
+per thread: in the one that makes a `CudaDriver`, and in any other once it has called `attach`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class CudaDriver:
         try:
             self.call(self.bindings.cuInit, 0)
             device = self.call(self.bindings.cuDeviceGet, ordinal)
-            context = self.call(self.bindings.cuDevicePrimaryCtxRetain, device)
-            self.call(self.bindings.cuCtxSetCurrent, context)
+            self._context = self.call(self.bindings.cuDevicePrimaryCtxRetain, device)
+            self.attach()
             self.is_exportable = self._has_exportable_memory(device)
             self.name = (
                 self.call(self.bindings.cuDeviceGetName, 256, device).split(b"\0")[0].decode()
@@ -37,6 +37,10 @@ class CudaDriver:
             raise ConfigError(f"CUDA device {ordinal} cannot be used: {error}") from error
         self._properties = self._allocation_properties()
         self._access = self._access_descriptor()
+
+    def attach(self) -> None:
+        """Let the calling thread use the device, too."""
+        self.call(self.bindings.cuCtxSetCurrent, self._context)
 
     @property
     def granularity_bytes(self) -> int:

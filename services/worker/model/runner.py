@@ -120,6 +120,11 @@ class ModelRunner:
         return self._kernels.dtype
 
     @property
+    def kernels(self) -> Kernels:
+        """What computes on the device."""
+        return self._kernels
+
+    @property
     def stage(self) -> Stage:
         """The layers and their weights."""
         return self._stage

@@ -4,6 +4,9 @@
                                              \\--KvPart------------> wait, write, tell of the last
                                      may send more <--KvTaken-------------'
 
+A GPU writes by itself, and after what came from the other one's GPU: a request's KV is told to be
+there when the device has written it, if no member is gone by then.
+
 Of members that may read each other's memory, the source sends where the blocks lie instead. They
 must stay there until they are taken: `is_read` says so to whoever would move them.
 
@@ -16,19 +19,20 @@ directly, so a part may be early. A part whose request is gone is discarded.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from services.worker.channels.base import Packed
 from services.worker.engine.request import KvKey
 from services.worker.engine.routes import Transfer
-from services.worker.links.base import Buffer, LinkClass
+from services.worker.links.base import LinkClass, LinkDownError
 from services.worker.model.runner import ModelRunner
+from services.worker.pipeline.device_mark import IsPast, mark
 from services.worker.pipeline.kv_transfer import (
-    PART_BYTES,
     READ_PART_BYTES,
-    as_buffer,
     cut_parts,
     gather_kv,
     locate_kv,
@@ -36,7 +40,7 @@ from services.worker.pipeline.kv_transfer import (
     scatter_kv,
 )
 from services.worker.pipeline.messages import FrameKind, KvPart, KvTaken, Order
-from services.worker.pipeline.peers import GroupPeers
+from services.worker.pipeline.peers import BulkContent, GroupPeers
 from services.worker.work_pacer import WorkPacer
 
 #: The blocks of a key on this worker, in token order; None if it has none (any more).
@@ -54,6 +58,14 @@ class _Awaited:
 
     key: KvKey
     num_parts: int  # that have not come
+
+
+@dataclass(frozen=True, slots=True)
+class _Landing:
+    """All KV of a key is being written."""
+
+    key: KvKey
+    is_written: IsPast
 
 
 class KvCourier:
@@ -87,8 +99,9 @@ class KvCourier:
         self._window_bytes = window_bytes
         self._serial = 0
         self._awaited: dict[int, _Awaited] = {}  # by serial
-        self._arrived: deque[tuple[KvPart, Buffer]] = deque()
-        self._early: list[tuple[KvPart, Buffer]] = []
+        self._arrived: deque[tuple[KvPart, Packed]] = deque()
+        self._early: list[tuple[KvPart, Packed]] = []
+        self._landing: deque[_Landing] = deque()
         self._outgoing: dict[str, deque[KvPart]] = {}  # by destination
         self._in_transit: Counter[str] = Counter()  # bytes by destination
         self._taken: Counter[str] = Counter()  # bytes by source, not told yet
@@ -114,13 +127,13 @@ class KvCourier:
                 self._start(destination, self._parts(order, transfer, destination))
         self._await(order, num_awaited)
         early, self._early = self._early, []
-        for part, buffer in early:
-            self.take(part, buffer)
+        for part, packed in early:
+            self.take(part, packed)
 
-    def take(self, part: KvPart, buffer: Buffer) -> None:
+    def take(self, part: KvPart, packed: Packed) -> None:
         """Keep a part until there is time to write it."""
         parts = self._arrived if part.serial <= self._serial else self._early
-        parts.append((part, buffer))
+        parts.append((part, packed))
 
     def taken(self, message: KvTaken) -> None:
         """A member has room for more."""
@@ -136,16 +149,26 @@ class KvCourier:
 
     @property
     def is_busy(self) -> bool:
-        """True while `pump` has something to write or to send."""
+        """True while `pump` has something to write, to send or to tell."""
+        return bool(self._landing) or self._has_parts
+
+    @property
+    def _has_parts(self) -> bool:
         return bool(self._arrived) or any(self._ready_destinations())
 
     def pump(self) -> None:
         """Write and send in turn for as long as it may take now, and as long as links take it."""
-        if not self.is_busy:
-            return
+        if self._has_parts:
+            self._move_parts()
+        while self._landing and self._landing[0].is_written():
+            landed = self._landing.popleft()
+            if self._peers.is_connected:  # else what was written may be garbage
+                self._on_filled(landed.key)
+
+    def _move_parts(self) -> None:
         now = time.perf_counter()
         ends_at = now + self._pacer.grant(now)
-        while now < ends_at and self.is_busy:
+        while now < ends_at and self._has_parts:
             if self._arrived:
                 self._take_in(*self._arrived.popleft())
             for destination in self._ready_destinations():
@@ -174,21 +197,24 @@ class KvCourier:
         table = self._lookup(part.key)
         if table is None:  # nobody wants it any more
             return
-        blocks = table[slice(*part.blocks)]
-        buffers: list[Buffer] = []
+        blocks, num_bytes = table[slice(*part.blocks)], self._num_bytes(part)
+        content = None
         if self._peers.memory_of(destination) is not None:
             runs = tuple(locate_kv(self._runner, blocks, *part.layers))
             part = part.model_copy(update={"runs": runs})
         else:
-            buffers = [as_buffer(gather_kv(self._runner, blocks, *part.layers))]
-        self.num_bytes += self._num_bytes(part)
-        self._in_transit[destination] += self._num_bytes(part)
-        self._peers.send_bulk(destination, LinkClass.EXCHANGE, FrameKind.KV_PART, part, *buffers)
+            write = functools.partial(gather_kv, self._runner, blocks, *part.layers)
+            content = BulkContent(num_bytes, write)
+        self.num_bytes += num_bytes
+        self._in_transit[destination] += num_bytes
+        self._peers.send_bulk(destination, LinkClass.EXCHANGE, FrameKind.KV_PART, part, content)
 
     def _parts(self, order: Order, transfer: Transfer, peer: str) -> list[KvPart]:
         """The parts of a transfer, as many at both ends; `peer` is at the other one."""
         num_blocks = -(-order.num_tokens // self._runner.block_size)
-        part_bytes = PART_BYTES if self._peers.memory_of(peer) is None else READ_PART_BYTES
+        part_bytes = READ_PART_BYTES
+        if self._peers.memory_of(peer) is None:
+            part_bytes = self._peers.part_bytes(peer)
         shapes = cut_parts(
             transfer.start, transfer.end, num_blocks, self._runner.kv_block_bytes, part_bytes
         )
@@ -219,19 +245,21 @@ class KvCourier:
         if num_parts:
             self._awaited[order.serial] = _Awaited(order.key, num_parts)
 
-    def _take_in(self, part: KvPart, buffer: Buffer) -> None:
+    def _take_in(self, part: KvPart, packed: Packed) -> None:
         """Write a part into the cache, if its request is still there."""
         awaited, table = self._awaited.get(part.serial), self._lookup(part.key)
-        if awaited is not None and table is not None:
-            if not self._write(part, buffer, table[slice(*part.blocks)]):
-                return
+        if awaited is None or table is None:
+            self._peers.discard(part.source, packed)
+        elif self._write(part, packed, table[slice(*part.blocks)]):
             awaited.num_parts -= 1
+        else:
+            return
         self._tell_taken(part)
         if awaited is not None and awaited.num_parts == 0:
             del self._awaited[part.serial]
-            self._on_filled(part.key)
+            self._landing.append(_Landing(part.key, mark(self._runner.device)))
 
-    def _write(self, part: KvPart, buffer: Buffer, blocks: Sequence[int]) -> bool:
+    def _write(self, part: KvPart, packed: Packed, blocks: Sequence[int]) -> bool:
         """False where the link has just gone down: its group is about to break."""
         if part.runs:
             memory = self._peers.memory_of(part.source)
@@ -239,7 +267,11 @@ class KvCourier:
                 return False
             read_kv(self._runner, blocks, *part.layers, memory, part.runs)
         else:
-            scatter_kv(self._runner, blocks, *part.layers, buffer)
+            try:
+                with self._peers.received(part.source, packed) as received:
+                    scatter_kv(self._runner, blocks, *part.layers, received)
+            except LinkDownError:
+                return False
         self.num_bytes += self._num_bytes(part)
         return True
 

@@ -4,6 +4,9 @@ cache of layer l   [ b0 | b1 | b2 | b3 | ... ]      block table of the request h
 part               [ l: b3 b0 | l+1: b3 b0 | ... ]  blocks in token order
 cache over there   [ -- | b3 | b0 | ... ]           block table of the request there: 1, 2
 
+A part is written straight into the place it is sent from and read from where it arrived: memory of
+the link's channel, on a GPU a slot in the other GPU's memory.
+
 Where the other worker may read this one's memory, it is told where the blocks lie, and copies them
 from there: once, instead of into a part, through the link and out of a part again.
 """
@@ -17,13 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from services.worker.links.base import Buffer, PeerMemory
+from services.worker.links.base import PeerMemory
 from services.worker.memory.base import FileRun
 from services.worker.model.runner import ModelRunner
 
-#: Bytes of a part, about: large for a frame, small for the caches and the allocator.
-PART_BYTES = 1024 * 1024
-#: The same of a part that is read from the other worker's memory.
+#: Bytes of a part that is read from the other worker's memory, about.
 READ_PART_BYTES = 4 * 1024 * 1024
 
 _NOTHING = np.empty(0, np.uint8)
@@ -37,7 +38,7 @@ class PartShape(NamedTuple):
 
 
 def cut_parts(
-    start: int, end: int, num_blocks: int, block_bytes: int, part_bytes: int = PART_BYTES
+    start: int, end: int, num_blocks: int, block_bytes: int, part_bytes: int
 ) -> list[PartShape]:
     """Cut `num_blocks` blocks of the layers `[start, end)`: several layers, or a part of one."""
     layer_bytes = num_blocks * block_bytes
@@ -58,37 +59,37 @@ def _runs(start: int, end: int, step: int) -> list[tuple[int, int]]:
 
 @torch.inference_mode()
 def gather_kv(
-    runner: ModelRunner, block_table: Sequence[int], start: int, end: int
-) -> torch.Tensor:  # [end - start, num_blocks, *kv_block_shape]
-    """A copy of the blocks `block_table` of the layers `[start, end)`."""
-    index = torch.tensor(block_table, dtype=torch.int64, device=runner.device)
-    part = torch.empty(
-        (end - start, len(block_table), *runner.kv_block_shape),
-        dtype=runner.dtype,
-        device=runner.device,
-    )
-    for position, layer in enumerate(range(start, end)):
-        torch.index_select(runner.kv_cache(layer), 0, index, out=part[position])
-    return part
+    runner: ModelRunner,
+    block_table: Sequence[int],
+    start: int,
+    end: int,
+    part: torch.Tensor,  # [(end - start) * num_blocks * kv_block_bytes] uint8
+) -> None:
+    """Copy the blocks `block_table` of the layers `[start, end)` to `part`."""
+    runner.kernels.gather_blocks(_caches(runner, start, end), block_table, part)
 
 
 @torch.inference_mode()
 def scatter_kv(
-    runner: ModelRunner, block_table: Sequence[int], start: int, end: int, buffer: Buffer
+    runner: ModelRunner,
+    block_table: Sequence[int],
+    start: int,
+    end: int,
+    part: torch.Tensor,  # as above
 ) -> None:
     """Write what `gather_kv` read into the blocks `block_table`, in the same order.
 
     Raises:
-        ValueError: the buffer has another size.
+        ValueError: the part has another size.
     """
+    if part.nbytes != (end - start) * len(block_table) * runner.kv_block_bytes:
+        raise ValueError(f"a part of {part.nbytes} bytes is not {len(block_table)} blocks")
     runner.pool.populate_kv(range(start, end), max(block_table) + 1)
-    index = torch.tensor(block_table, dtype=torch.int64, device=runner.device)
-    part = received_tensor(runner, buffer).view(
-        end - start, len(block_table), *runner.kv_block_shape
-    )
-    for position, layer in enumerate(range(start, end)):
-        # As a matrix: with the rows' own dimensions it takes twice as long.
-        runner.kv_cache(layer).flatten(1).index_copy_(0, index, part[position].flatten(1))
+    runner.kernels.scatter_blocks(_caches(runner, start, end), block_table, part)
+
+
+def _caches(runner: ModelRunner, start: int, end: int) -> list[torch.Tensor]:
+    return [runner.kv_cache(layer) for layer in range(start, end)]
 
 
 def locate_kv(
@@ -160,17 +161,3 @@ def _bytes_of(cache: torch.Tensor, first: int, last: int) -> NDArray[np.uint8]:
     """Blocks `[first, last)` of a layer's KV on the CPU."""
     blocks: NDArray[np.uint8] = cache[first:last].view(torch.uint8).flatten().numpy()
     return blocks
-
-
-def received_tensor(runner: ModelRunner, buffer: Buffer) -> torch.Tensor:  # [num_elements]
-    """A received buffer as a tensor where the runner computes; on the CPU no copy is made.
-
-    Raises:
-        ValueError: it is empty, or not of whole elements.
-    """
-    return torch.frombuffer(buffer, dtype=runner.dtype).to(runner.device)
-
-
-def as_buffer(tensor: torch.Tensor) -> memoryview:
-    """A contiguous tensor's memory, which the view keeps alive; a GPU's is copied to the host."""
-    return tensor.cpu().view(torch.uint8).numpy().data.cast("B")

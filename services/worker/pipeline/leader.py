@@ -25,7 +25,6 @@ from services.worker.model.sampler import SampledToken
 from services.worker.pipeline.adoption import adopt_all
 from services.worker.pipeline.departure import Departure
 from services.worker.pipeline.events import EventSink, Phase
-from services.worker.pipeline.kv_transfer import as_buffer
 from services.worker.pipeline.leader_preparation import LeaderPreparation
 from services.worker.pipeline.messages import (
     Capacity,
@@ -232,7 +231,7 @@ class PipelineLeader:
         message = microbatch(output, slices, rows, follows=self._runner.meter.batch_sent())
         self._flush_releases()  # first: what this batch takes may be what they free
         self._in_flight[output.step] = output
-        self.peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))
+        self.peers.send_next(FrameKind.MICROBATCH, message, hidden)
 
     def _outcome(self, message: Tokens) -> BatchOutcome:
         if not self._was_idle:

@@ -30,7 +30,7 @@ from shared.wire import Message, WireModel
 
 
 class FrameKind(IntEnum):
-    """`LinkFrame.kind`: which message the header is, and what the buffers are."""
+    """`LinkFrame.kind`: which message the header is, and which tensor comes with it."""
 
     MICROBATCH = 1  # hidden states [num_tokens, hidden_size] in the type of the model's weights
     TOKENS = 2
@@ -159,10 +159,11 @@ class WeightsRequest(Message):
 class WeightsPart(Message):
     """Some of what a request asked for, or why it is not given.
 
-    It is in the buffer, or at `runs` of the giver's memory, for as long as that has the arena.
+    `worker_id` gives it, in the buffer, or at `runs` of its memory for as long as it has the arena.
     """
 
     serial: int
+    worker_id: str
     offset: int
     runs: tuple[FileRun, ...] = ()
     error: str = ""

@@ -103,7 +103,7 @@ class FollowerStage:
         """
         match frame.kind:
             case FrameKind.MICROBATCH:
-                self._batches.run(Microbatch.decode(frame.header), frame.buffers[0])
+                self._batches.run(Microbatch.decode(frame.header), frame.buffers)
             case FrameKind.RELEASE:
                 self._release(Release.decode(frame.header))
             case FrameKind.ORDER:

@@ -1,6 +1,7 @@
 """Microbatches on a stage behind the leader: computed and passed on, or answered with tokens.
 
-What a batch needs to know of its requests travels with it; their blocks are found by key.
+What a batch needs to know of its requests travels with it; their blocks are found by key. Its
+hidden states are computed where the stage before has put them.
 
 The last stage does not wait for a device that computes by itself: it takes the next batch, and
 answers when the tokens of one before are there.
@@ -11,13 +12,14 @@ from __future__ import annotations
 from collections import deque
 
 import structlog
+import torch
 
+from services.worker.channels.base import Packed
 from services.worker.engine.stage_blocks import StageBlocks
-from services.worker.links.base import Buffer
+from services.worker.links.base import LinkDownError
 from services.worker.model.batch import SequenceSlice
 from services.worker.model.pending import PendingTokens
 from services.worker.model.runner import ModelRunner
-from services.worker.pipeline.kv_transfer import as_buffer, received_tensor
 from services.worker.pipeline.messages import FrameKind, Microbatch, Tokens
 from services.worker.pipeline.peers import GroupPeers
 from services.worker.pipeline.rows import sampling_row
@@ -34,11 +36,14 @@ class StageBatches:
         self._pending: deque[tuple[Microbatch, PendingTokens]] = deque()  # oldest first
         self._log = structlog.get_logger(component="stage", group=peers.key.group_id)
 
-    def run(self, message: Microbatch, buffer: Buffer) -> None:
+    def run(self, message: Microbatch, packed: Packed) -> None:
         """Have a microbatch computed and pass it on, or answer with its tokens."""
         self._runner.meter.batch_arrived(follows=message.follows)
         try:
-            self._compute(message, buffer)
+            with self._peers.received(self._peers.previous_worker_id, packed) as received:
+                self._compute(message, received)
+        except LinkDownError:
+            return  # the group is about to break: nobody waits for an answer
         except Exception as error:  # whatever it is, it must not take the other requests along
             self._fail(message, error)
         self.answer()
@@ -57,12 +62,12 @@ class StageBatches:
         """True while tokens are being computed."""
         return bool(self._pending)
 
-    def _compute(self, message: Microbatch, buffer: Buffer) -> None:
+    def _compute(self, message: Microbatch, received: torch.Tensor) -> None:  # [nbytes] uint8
         batch = self._runner.make_batch(self._slices(message))
-        hidden = received_tensor(self._runner, buffer).view(batch.token_ids.numel(), -1)
+        hidden = received.view(self._runner.dtype).view(batch.token_ids.numel(), -1)
         self._runner.forward(batch, hidden, self._peers.span)
         if self._peers.next_worker_id is not None:
-            self._peers.send_next(FrameKind.MICROBATCH, message, (as_buffer(hidden),))
+            self._peers.send_next(FrameKind.MICROBATCH, message, hidden)
             return
         rows = [sampling_row(row) for row in message.rows]
         self._pending.append((message, self._runner.sample(hidden, batch, rows)))
@@ -94,4 +99,6 @@ class StageBatches:
         self._send(Tokens(step=message.step, error=f"{self._peers.worker_id}: {error}"))
 
     def _send(self, tokens: Tokens) -> None:
-        self._peers.send(self._peers.leader, FrameKind.TOKENS, tokens)
+        """Tell the leader, unless a member is gone: its part of the batch may be garbage."""
+        if self._peers.is_connected:
+            self._peers.send(self._peers.leader, FrameKind.TOKENS, tokens)

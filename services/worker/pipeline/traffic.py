@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from services.worker.engine.request import KvKey
-from services.worker.links.base import Buffer, LinkFrame
+from services.worker.links.base import LinkFrame
 from services.worker.model.runner import ModelRunner
 from services.worker.pipeline.kv_courier import KvCourier, TableLookup
 from services.worker.pipeline.messages import FrameKind, KvPart, KvTaken
@@ -41,7 +41,7 @@ class BulkTraffic:
         """
         match frame.kind:
             case FrameKind.KV_PART:
-                self.kv.take(KvPart.decode(frame.header), _buffer_of(frame))
+                self.kv.take(KvPart.decode(frame.header), frame.buffers)
             case FrameKind.KV_TAKEN:
                 self.kv.taken(KvTaken.decode(frame.header))
             case FrameKind.WEIGHTS_REQUEST | FrameKind.WEIGHTS:
@@ -59,7 +59,3 @@ class BulkTraffic:
     def is_busy(self) -> bool:
         """True while `pump` has something to do whatever arrives."""
         return self._peers.has_backlog or self.kv.is_busy or self.weights.is_busy
-
-
-def _buffer_of(frame: LinkFrame) -> Buffer:
-    return frame.buffers[0] if frame.buffers else b""

@@ -6,7 +6,9 @@
     WeightsRequest of the next window ...
 
 An arena's bytes are the same on all workers that pack alike, so they travel as they are. They are
-copied before they are sent: their owner may give the layer up at any time. Engine thread.
+copied before they are sent: their owner may give the layer up at any time. A GPU writes what came
+by itself: an arena is filled when the device has written it, and its giver is not gone by then.
+Engine thread.
 
 Who may read the owner's memory asks where the arena lies, copies it from there, and asks again: if
 the owner still has it then, it has had it all the time.
@@ -16,19 +18,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import numpy as np
 import torch
 
-from services.worker.links.base import Buffer, LinkClass, LinkFrame, PeerMemory
+from services.worker.channels.base import Packed
+from services.worker.links.base import LinkClass, LinkDownError, LinkFrame, PeerMemory
 from services.worker.memory.base import FileRun
 from services.worker.memory.tensors import tensor_at
 from services.worker.model.plan import ArenaPlan
 from services.worker.model.runner import ModelRunner
-from services.worker.pipeline.kv_transfer import as_buffer
+from services.worker.pipeline.device_mark import mark
 from services.worker.pipeline.messages import FrameKind, WeightsPart, WeightsRequest
-from services.worker.pipeline.peers import GroupPeers
+from services.worker.pipeline.peers import BulkContent, GroupPeers
 from services.worker.work_pacer import WorkPacer
 from shared.errors import KunserveError
 
@@ -54,7 +57,7 @@ class WeightCourier:
         self._pool = runner.pool
         self._asked: deque[WeightsRequest] = deque()
         self._serial = 0
-        self._arrived: deque[tuple[WeightsPart, Buffer]] = deque()
+        self._arrived: deque[tuple[WeightsPart, Packed]] = deque()
         self._pacer = WorkPacer(time.perf_counter(), _SHARE, runner.activity)
 
     # --- giving ----------------------------------------------------------------------------------
@@ -66,7 +69,9 @@ class WeightCourier:
             return
         part = WeightsPart.decode(frame.header)
         if part.serial == self._serial:
-            self._arrived.append((part, frame.buffers[0] if frame.buffers else b""))
+            self._arrived.append((part, frame.buffers))
+        else:
+            self._peers.discard(part.worker_id, frame.buffers)
 
     @property
     def is_busy(self) -> bool:
@@ -89,24 +94,31 @@ class WeightCourier:
     def _give(self, request: WeightsRequest) -> None:
         """Send the first piece of what is asked for; the rest is asked for again."""
         arena = self._stage.arena_bytes(request.arena)
+        answer = WeightsPart(
+            serial=request.serial, worker_id=self._peers.worker_id, offset=request.start
+        )
         if arena is None or (len(arena), self._stage.panel_width) != (
             request.arena_bytes,
             request.panel_width,
         ):
-            error = f"{self._peers.worker_id} has no such {request.arena}"
-            refusal = WeightsPart(serial=request.serial, offset=request.start, error=error)
-            self._peers.send(request.worker_id, FrameKind.WEIGHTS, refusal)
+            refusal = {"error": f"{self._peers.worker_id} has no such {request.arena}"}
+            self._peers.send(
+                request.worker_id, FrameKind.WEIGHTS, answer.model_copy(update=refusal)
+            )
             return
         if self._peers.memory_of(request.worker_id) is not None:
             runs = self._pool.locate_arena(request.arena, request.start, request.end)
-            place = WeightsPart(serial=request.serial, offset=request.start, runs=tuple(runs))
+            place = answer.model_copy(update={"runs": tuple(runs)})
             self._peers.send(request.worker_id, FrameKind.WEIGHTS, place)
             return
-        end = min(request.start + _PIECE_BYTES, request.end)
-        piece = arena[request.start : end].cpu().clone()
-        part = WeightsPart(serial=request.serial, offset=request.start)
+        end = min(request.start + self._peers.part_bytes(request.worker_id), request.end)
+        piece = arena[request.start : end]
         self._peers.send_bulk(
-            request.worker_id, LinkClass.RESTORE, FrameKind.WEIGHTS, part, as_buffer(piece)
+            request.worker_id,
+            LinkClass.RESTORE,
+            FrameKind.WEIGHTS,
+            answer,
+            BulkContent(len(piece), lambda place: place.copy_(piece)),
         )
         if end < request.end:
             self._asked.appendleft(request.model_copy(update={"start": end}))
@@ -135,9 +147,12 @@ class WeightCourier:
                 end = min(start + _WINDOW_BYTES, arena.layout.nbytes)
                 self._ask(holder, arena, start, end)
                 yield from self._write(address, end - start)
+            yield from self._land(holder)
         finally:
             self._serial += 1  # what still comes is not wanted
-            self._arrived.clear()
+            while self._arrived:
+                part, packed = self._arrived.popleft()
+                self._peers.discard(part.worker_id, packed)
 
     def _ask(self, holder: str, arena: ArenaPlan, start: int, end: int) -> None:
         request = WeightsRequest(
@@ -170,25 +185,33 @@ class WeightCourier:
     def _write(self, address: int, num_missing: int) -> Iterator[int]:
         """Write what comes of a window."""
         while num_missing > 0:
-            part, buffer = yield from self._answer()
-            source = torch.frombuffer(buffer, dtype=torch.uint8)
-            tensor_at(address + part.offset, (len(source),), torch.uint8, self._stage.device).copy_(
-                source
-            )
-            num_missing -= len(source)
-            yield len(source)
+            part, packed = yield from self._answer()
+            try:
+                with self._peers.received(part.worker_id, packed) as received:
+                    nbytes = received.nbytes
+                    place = tensor_at(
+                        address + part.offset, (nbytes,), torch.uint8, self._stage.device
+                    )
+                    place.copy_(received)
+            except LinkDownError as error:
+                raise WeightsNotGivenError(f"{part.worker_id} is gone") from error
+            num_missing -= nbytes
+            yield nbytes
 
-    def _answer(self) -> Generator[int, None, tuple[WeightsPart, Buffer]]:
+    def _land(self, holder: str) -> Iterator[int]:
+        """Wait until the device has written what came, and make sure that it did come."""
+        is_written = mark(self._stage.device)
+        yield from _patiently(is_written)
+        if not self._peers.is_up(holder):
+            raise WeightsNotGivenError(f"{holder} is gone")
+
+    def _answer(self) -> Generator[int, None, tuple[WeightsPart, Packed]]:
         """What has come; yields 0 while nothing has."""
-        asked_at = time.monotonic()
-        while not self._arrived:
-            if time.monotonic() - asked_at > _PATIENCE_SECONDS:
-                raise WeightsNotGivenError(f"nothing came for {_PATIENCE_SECONDS:g} s")
-            yield 0
-        part, buffer = self._arrived.popleft()
+        yield from _patiently(lambda: bool(self._arrived))
+        part, packed = self._arrived.popleft()
         if part.error:
             raise WeightsNotGivenError(part.error)
-        return part, buffer
+        return part, packed
 
     def _holder(self, arena_name: str) -> str | None:
         for member in self._peers.group.members:
@@ -203,3 +226,12 @@ def _pieces(runs: Sequence[FileRun]) -> Iterator[FileRun]:
     for offset, nbytes in runs:
         for start in range(0, nbytes, _PIECE_BYTES):
             yield FileRun(offset + start, min(_PIECE_BYTES, nbytes - start))
+
+
+def _patiently(condition: Callable[[], bool]) -> Iterator[int]:
+    """Yield 0 until something is true; raises WeightsNotGivenError where that takes too long."""
+    ends_at = time.monotonic() + _PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > ends_at:
+            raise WeightsNotGivenError(f"nothing came for {_PATIENCE_SECONDS:g} s")
+        yield 0

@@ -186,6 +186,24 @@ def test_the_doctor_warns_of_what_a_gpu_cannot_do_and_says_what_is_used() -> Non
     assert checks[-1].detail.startswith("the GPU in bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("failing", "expected"),
+    [
+        ([], "by CUDA IPC between workers of this host, by NCCL between hosts"),
+        (["NCCL"], "by CUDA IPC between workers of this host, by host memory between hosts"),
+        (["CUDA IPC words"], "by NCCL between workers of this host, by NCCL between hosts"),
+        (
+            ["CUDA IPC memory", "NCCL"],
+            "by host memory between workers of this host, by host memory between hosts",
+        ),
+    ],
+)
+def test_the_doctor_says_how_tensors_will_travel(failing: list[str], expected: str) -> None:
+    subjects = ["GPU software", "CUDA IPC memory", "CUDA IPC words", "NCCL"]
+    checks = list(judge_probes([probe(each, each not in failing) for each in subjects]))
+    assert checks[-1].detail == f"the GPU in bfloat16; tensors travel {expected}"
+
+
 def test_the_doctor_fails_a_gpu_that_workers_would_use_but_cannot_map() -> None:
     usable, unmappable = probe("GPU software", True), probe("GPU memory mapping", False)
     assert [check.finding for check in judge_probes([usable, unmappable])][1] is Finding.FAILED

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from services.worker.channels.choice import ChannelOffer
 from services.worker.links.base import LinkPeer, Transport
 from services.worker.links.handshake import (
     HELLO_BYTES,
@@ -29,6 +30,7 @@ OFFER = LinkOffer(
     worker_id="a", group_id="g", term=2, epoch=7, host_id="here", transports=(SHM, TCP)
 )
 CURRENT = (2, 7)
+CHANNELS = ChannelOffer()
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,9 @@ def invitations() -> Invitations:
 
 @pytest.fixture
 def invitation(invitations: Invitations) -> Invitation:
-    return invitations.invite(OFFER, TransportChoice(TCP, "why"), now=100.0, shares_memory=False)
+    return invitations.invite(
+        OFFER, TransportChoice(TCP, "why"), CHANNELS, now=100.0, shares_memory=False
+    )
 
 
 def hello(invitation: Invitation) -> bytes:
@@ -113,7 +117,7 @@ def test_expired_invitations_are_forgotten(
     invitations: Invitations, invitation: Invitation
 ) -> None:
     later = 100.0 + INVITATION_SECONDS
-    invitations.invite(OFFER, TransportChoice(TCP, ""), later, shares_memory=False)
+    invitations.invite(OFFER, TransportChoice(TCP, ""), CHANNELS, later, shares_memory=False)
     with pytest.raises(LinkRefusedError, match="invited"):
         invitations.redeem(hello(invitation), TCP, 101.0, CURRENT)
 
@@ -126,7 +130,7 @@ def test_memory_is_shared_where_both_want_to_and_can(
 ) -> None:
     offer = OFFER.model_copy(update={"shares_memory": offered})
     choice = TransportChoice(transport, "")
-    invitation = invitations.invite(offer, choice, now=100.0, shares_memory=own)
+    invitation = invitations.invite(offer, choice, CHANNELS, now=100.0, shares_memory=own)
     assert invitation.shares_memory is (transport is SHM and offered and own)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
+from services.worker.channels.base import ChannelKind
 from services.worker.engine.request import Request
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.links.base import LinkPeer, Transport
@@ -24,6 +25,7 @@ from tests.conftest import DEADLINE_SECONDS
 from tests.link_peer import connected_sockets, make_stream
 from tests.tiny_models import NUM_LAYERS
 from tests.unit.model.model_helpers import BUDGET_BYTES, open_runner
+from tests.unit.pipeline.devices import Devices
 from tests.unit.pipeline.pipeline_engine import Engine, make_engine, memory_of
 
 
@@ -34,6 +36,8 @@ class Cluster:
     engines: list[Engine]
     transport: Transport = Transport.SHM
     bandwidth: float | None = None  # of each link, in bytes per second
+    devices: Devices = field(default_factory=Devices)
+    links: list[StreamLink] = field(default_factory=list)  # all there ever were
     plan: Plan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -130,9 +134,45 @@ class Cluster:
         by_name = {engine.worker_id: engine for engine in self.engines}
         for group in self.plan.groups:
             for near, far in combinations([m.worker_id for m in group.members], 2):
-                pair = _link(by_name[near], by_name[far], self.transport, self.bandwidth, group)
+                pair = self._link(by_name[near], by_name[far], group)
                 links[near][far], links[far][near] = pair
+                self.links += pair
         return links
+
+    def _link(self, near: Engine, far: Engine, group: GroupPlan) -> tuple[StreamLink, StreamLink]:
+        """Both ends of a link, as the handshake leaves them."""
+        sockets = connected_sockets(self.transport)
+        names = [member.worker_id for member in group.members]
+        are_neighbours = names.index(far.worker_id) == names.index(near.worker_id) + 1
+        tensors = self.devices.connect(
+            near.worker_id, far.worker_id, sockets, len(names) if are_neighbours else 0
+        )
+        memory = create_ring_memory()
+        streams = [
+            make_stream(self.transport, each, memory, is_acceptor=each is sockets[1])
+            for each in sockets
+        ]
+        os.close(memory)
+        config = LinkConfig(bandwidth_bytes_per_second=self.bandwidth, silence_seconds=30.0)
+        are_cpus = self.devices.kind is ChannelKind.HOST
+        reads_memory = are_cpus and self.transport is Transport.SHM and self.bandwidth is None
+        near_link, far_link = (
+            StreamLink(
+                stream,
+                LinkPeer(peer.worker_id, group.group_id, 1, group.epoch),
+                config,
+                own.on_frame,
+                own.on_down,
+                peer_memory=memory_of(peer.runner) if reads_memory else None,
+                tensors=channel,
+            )
+            for stream, channel, own, peer in zip(
+                streams, tensors, (near, far), (far, near), strict=True
+            )
+        )
+        near_link.start()
+        far_link.start()
+        return near_link, far_link
 
     # --- time ------------------------------------------------------------------------------------
 
@@ -237,6 +277,7 @@ def open_cluster(
     transport: Transport = Transport.SHM,
     bandwidth: float | None = None,
     memory_bytes: int = BUDGET_BYTES,
+    devices: Devices | None = None,
     **engine: int,
 ) -> Iterator[Cluster]:
     """Replicas, of which the first is meant to lead."""
@@ -248,35 +289,7 @@ def open_cluster(
         engines = [make_engine(n, r, **engine) for n, r in zip(names, runners, strict=True)]
         for each in engines:
             stack.callback(each.member.close)
-        yield Cluster(engines, transport, bandwidth)
-
-
-def _link(
-    near: Engine, far: Engine, transport: Transport, bandwidth: float | None, group: GroupPlan
-) -> tuple[StreamLink, StreamLink]:
-    near_socket, far_socket = connected_sockets(transport)
-    memory = create_ring_memory()
-    streams = (
-        make_stream(transport, near_socket, memory, is_acceptor=False),
-        make_stream(transport, far_socket, memory, is_acceptor=True),
-    )
-    os.close(memory)
-    config = LinkConfig(bandwidth_bytes_per_second=bandwidth, silence_seconds=30.0)
-    reads_memory = transport is Transport.SHM and bandwidth is None  # as workers do
-    links = tuple(
-        StreamLink(
-            stream,
-            LinkPeer(peer.worker_id, group.group_id, 1, group.epoch),
-            config,
-            own.on_frame,
-            own.on_down,
-            peer_memory=memory_of(peer.runner) if reads_memory else None,
-        )
-        for stream, own, peer in zip(streams, (near, far), (far, near), strict=True)
-    )
-    for link in links:
-        link.start()
-    return links[0], links[1]
+        yield Cluster(engines, transport, bandwidth, devices or Devices())
 
 
 def add(cluster: Cluster, requests: list[Request], at: int = 0) -> None:

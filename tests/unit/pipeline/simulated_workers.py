@@ -17,6 +17,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
+
+from services.worker.channels.base import TensorChannel
+from services.worker.channels.host import HostChannel
 from services.worker.engine_thread import (
     AbandonLayout,
     Command,
@@ -70,6 +74,7 @@ class SimLink:
     other: SimLink | None = None
     is_up: bool = True
     waiting: deque[tuple[LinkClass, LinkFrame]] = field(default_factory=deque)
+    channel: TensorChannel = field(default_factory=lambda: HostChannel(torch.device("cpu")))
 
     @property
     def peer_memory(self) -> PeerMemory | None:
@@ -120,7 +125,9 @@ class SimEndpoint:
     workers: dict[str, SimWorker]
     links: list[SimLink]
 
-    async def open(self, peer: LinkPeer, *, timeout_seconds: float) -> SimLink:
+    async def open(
+        self, peer: LinkPeer, *, num_activations: int, timeout_seconds: float
+    ) -> SimLink:
         other = self.workers[peer.worker_id]
         if (peer.term, peer.epoch) < other.transition.committed:
             raise LinkRefusedError(f"{peer.worker_id} has a newer plan")

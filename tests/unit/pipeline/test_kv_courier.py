@@ -2,51 +2,44 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import pytest
 import torch
 
+from services.worker.channels.base import ChannelKind, TensorChannel
 from services.worker.engine.request import KvKey
 from services.worker.engine.routes import Transfer
 from services.worker.kernels.cpu import CpuKernels
-from services.worker.links.base import Link, LinkClass, LinkFrame, PeerMemory
+from services.worker.links.base import Link, LinkFrame, PeerMemory
 from services.worker.model.runner import ModelRunner
+from services.worker.pipeline.device_mark import IsPast
 from services.worker.pipeline.kv_courier import KvCourier
 from services.worker.pipeline.messages import FrameKind, KvPart, KvTaken, Order
 from services.worker.pipeline.peers import GroupPeers
 from tests.tiny_models import TinyModels
 from tests.unit.model.model_helpers import BLOCK_SIZE, open_runner
+from tests.unit.pipeline.devices import Devices
 from tests.unit.pipeline.pipeline_engine import memory_of
 from tests.unit.pipeline.pipeline_helpers import make_group
+from tests.unit.pipeline.wire import Wire
 
 NAMES = ("w0", "w1")
 SPAN = (1, 3)  # what travels
 
 
-@dataclass
-class Wire:
-    """A link that keeps what is sent until it is delivered."""
-
-    peer_memory: PeerMemory | None
-    sent: deque[LinkFrame] = field(default_factory=deque)
-
-    def send(self, frame: LinkFrame, link_class: LinkClass) -> bool:
-        self.sent.append(frame)
-        return True
-
-
 class Member:
     """A worker with some requests' blocks."""
 
-    def __init__(self, name: str, runner: ModelRunner, memory: PeerMemory | None) -> None:
+    def __init__(
+        self, name: str, runner: ModelRunner, memory: PeerMemory | None, channel: TensorChannel
+    ) -> None:
         other = NAMES[1 - NAMES.index(name)]
         self.runner = runner
-        self.wire = Wire(memory)
+        self.wire = Wire(memory, channel)
         self.tables: dict[KvKey, list[int]] = {}
         self.filled: list[KvKey] = []
         peers = GroupPeers(name, make_group(NAMES), {other: cast(Link, self.wire)})
@@ -75,7 +68,7 @@ class Member:
             self.courier.taken(KvTaken.decode(frame.header))
         else:
             buffers = [bytearray(buffer) for buffer in frame.buffers]
-            self.courier.take(KvPart.decode(frame.header), *buffers or [b""])
+            self.courier.take(KvPart.decode(frame.header), buffers)
 
 
 @dataclass
@@ -110,16 +103,35 @@ class Pair:
         return self.source, self.destination
 
 
-@pytest.fixture(params=[True, False], ids=["read", "sent"])
+@pytest.fixture(params=["read", *ChannelKind])
 def pair(
     request: pytest.FixtureRequest, tiny_models: TinyModels, kernels: CpuKernels
 ) -> Iterator[Pair]:
-    directory = tiny_models.directory("llama")
+    """KV is read out of the other one's memory, or goes by a channel."""
+    directory, reads_memory = tiny_models.directory("llama"), request.param == "read"
+    devices = Devices(ChannelKind.HOST if reads_memory else request.param)
     with ExitStack() as stack:
         runners = [stack.enter_context(open_runner(directory, kernels)) for _ in NAMES]
-        memories = [memory_of(runner) if request.param else None for runner in reversed(runners)]
-        members = map(Member, NAMES, runners, memories)
-        yield Pair(*members, reads_memory=request.param)
+        memories = [memory_of(runner) if reads_memory else None for runner in reversed(runners)]
+        members = map(Member, NAMES, runners, memories, devices.channels(*NAMES))
+        yield Pair(*members, reads_memory=reads_memory)
+
+
+class Moments:
+    """Moments of a device that works by itself."""
+
+    def __init__(self) -> None:
+        self.are_past = False
+
+    def mark(self, device: torch.device) -> IsPast:
+        return lambda: self.are_past
+
+
+@pytest.fixture
+def moments(monkeypatch: pytest.MonkeyPatch) -> Moments:
+    moments = Moments()
+    monkeypatch.setattr("services.worker.pipeline.kv_courier.mark", moments.mark)
+    return moments
 
 
 def key_of(number: int) -> KvKey:
@@ -198,6 +210,37 @@ def test_a_request_that_is_gone_is_neither_sent_nor_written(pair: Pair) -> None:
     assert pair.destination.filled == [key_of(3)]
     assert torch.equal(pair.destination.runner.kv_cache(SPAN[0])[[24, 25]], before)
     assert not pair.source.courier.is_read
+
+
+def order_one(pair: Pair) -> None:
+    """KV of one request travels, and its writing is launched."""
+    pair.source.fill(key_of(1), [7, 3], 1.0)
+    pair.destination.tables[key_of(1)] = [2, 9]
+    for member in pair.both:
+        member.courier.obey(pair.order(1, key_of(1)))
+    for _ in range(5):
+        for member in pair.both:
+            member.courier.pump()
+        pair.deliver()
+
+
+def test_kv_is_there_when_the_device_has_written_it(pair: Pair, moments: Moments) -> None:
+    order_one(pair)
+    assert pair.destination.filled == []
+    assert pair.destination.courier.is_busy
+    moments.are_past = True
+    pair.destination.courier.pump()
+    assert pair.destination.filled == [key_of(1)]
+    assert not pair.destination.courier.is_busy
+
+
+def test_what_a_dead_member_may_not_have_sent_is_not_there(pair: Pair, moments: Moments) -> None:
+    """The device has gone on without it."""
+    order_one(pair)
+    pair.destination.wire.is_up = False
+    moments.are_past = True
+    pair.destination.courier.pump()
+    assert pair.destination.filled == []
 
 
 def test_kv_that_is_not_here_cannot_be_sent(pair: Pair) -> None:

@@ -14,7 +14,7 @@ MIB = 1024 * 1024
 def test_parts_cover_each_block_of_each_layer_once(
     start: int, count: int, num_blocks: int, block_bytes: int
 ) -> None:
-    parts = cut_parts(start, start + count, num_blocks, block_bytes)
+    parts = cut_parts(start, start + count, num_blocks, block_bytes, MIB)
     covered = [
         (layer, block)
         for layers, blocks in parts
@@ -27,7 +27,7 @@ def test_parts_cover_each_block_of_each_layer_once(
 
 @given(st.integers(1, 60), st.integers(1, 5000), st.integers(1, 2 * MIB))
 def test_parts_are_as_large_as_they_may_be(count: int, num_blocks: int, block_bytes: int) -> None:
-    parts = cut_parts(0, count, num_blocks, block_bytes)
+    parts = cut_parts(0, count, num_blocks, block_bytes, MIB)
     sizes = [len(range(*p.layers)) * len(range(*p.blocks)) * block_bytes for p in parts]
     assert max(sizes) <= max(MIB, block_bytes)
     full = [size for part, size in zip(parts, sizes, strict=True) if part.blocks[1] < num_blocks]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from services.worker.kernels.cuda.attention import attend
+from services.worker.kernels.cuda.blocks import gather_blocks, scatter_blocks
 from services.worker.kernels.cuda.elementwise import (
     rms_norm,
     rope_and_store,
@@ -58,3 +61,15 @@ class TritonOps:
     ) -> None:
         """Causal grouped-query attention over the paged KV."""
         attend(query, kv_cache, batch, scale, sliding_window, out)
+
+    def gather_blocks(
+        self, caches: Sequence[torch.Tensor], block_table: Sequence[int], part: torch.Tensor
+    ) -> None:
+        """Copy the blocks of each layer to `part`."""
+        gather_blocks(caches, block_table, part)
+
+    def scatter_blocks(
+        self, caches: Sequence[torch.Tensor], block_table: Sequence[int], part: torch.Tensor
+    ) -> None:
+        """Copy `part` to the blocks of each layer."""
+        scatter_blocks(caches, block_table, part)
