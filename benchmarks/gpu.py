@@ -77,12 +77,16 @@ def measure(
 
 
 def measure_theirs(
-    shape: str, dtype: torch.dtype, device: torch.device, workloads: Sequence[Workload]
+    shape: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    workloads: Sequence[Workload],
+    **limits: int,
 ) -> dict[Workload, float]:
     """Seconds that transformers' continuous batching takes; its memory is free again afterwards."""
     model = transformers_model(shape, dtype, device)
     vocab_size = model_config(shape).vocab_size
-    return {workload: run_theirs(model, workload, vocab_size) for workload in workloads}
+    return {workload: run_theirs(model, workload, vocab_size, limits) for workload in workloads}
 
 
 def render_decode(findings: list[DecodeFinding], bytes_per_second: float) -> str:

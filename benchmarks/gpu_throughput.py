@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,13 +104,16 @@ def run_ours(
     return seconds
 
 
-def run_theirs(model: Any, workload: Workload, vocab_size: int) -> float:
+def run_theirs(model: Any, workload: Workload, vocab_size: int, limits: Mapping[str, int]) -> float:
     """Let transformers serve the workload, after a smaller one to warm up; returns seconds.
+
+    Args:
+        limits: fields of its `ContinuousBatchingConfig`; the rest it takes from the free memory.
 
     Raises:
         KunserveError: a request got another number of tokens.
     """
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     never = vocab_size  # an end token that no request can produce
     config_class: Any = GenerationConfig  # untyped in transformers
@@ -118,11 +121,16 @@ def run_theirs(model: Any, workload: Workload, vocab_size: int) -> float:
         max_new_tokens=workload.output_tokens, do_sample=False, eos_token_id=never, pad_token_id=0
     )
     prompts = workload.prompts(vocab_size)
+    batching_class: Any = ContinuousBatchingConfig  # as above
+    batching = batching_class(**limits)
     try:
         for batch in (prompts[:1], prompts):
             began_at = time.perf_counter()
             outputs = model.generate_batch(
-                inputs=batch, generation_config=generation, persistent_manager=True
+                inputs=batch,
+                generation_config=generation,
+                continuous_batching_config=batching,
+                persistent_manager=True,
             )
             seconds = time.perf_counter() - began_at
     finally:
