@@ -7,6 +7,7 @@ this process --plans, requests--> NATS <--acks, tokens-- worker-a, worker-b   on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import sys
 import time
@@ -20,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.processes import ManagedProcess, ServerError, free_port
 from shared.buckets import open_acks, open_plan
-from shared.bus.base import Bus, BusMessage
+from shared.bus.base import Bus, BusMessage, KeyValue
 from shared.bus.nats import connect
 from shared.embedded_nats import EmbeddedNats
 from shared.layout import Change, GroupPlan, LayoutState, MemberPlan, Plan, PlanPhase, Span
@@ -40,6 +41,7 @@ from shared.subjects import PLAN_KEY, Subjects
 
 WORKERS = ("worker-a", "worker-b")
 NUM_LAYERS = 30  # of SmolLM2
+_CUT = 16  # as planners cut it: the other stage has the head
 _VOCAB_SIZE = 49152
 _ROUTER = "bench"
 _SUBJECTS = Subjects("default")
@@ -60,15 +62,28 @@ class DropCluster:
         self._plan: Plan | None = None
         self._num_requests = 0
         self._failure = ""
+        self._acks: dict[str, PlanAck] = {}  # the latest of each worker
         self.token_times: dict[str, list[float]] = defaultdict(list)
 
     async def start(self) -> None:
         """Listen for tokens and make two replicas of the workers."""
         await self._bus.subscribe(_SUBJECTS.tokens(_ROUTER), self._on_frame)
         self._plans = await open_plan(self._bus, _SUBJECTS)
-        self._acks = await open_acks(self._bus, _SUBJECTS)
+        self._listening = asyncio.create_task(self._listen(await open_acks(self._bus, _SUBJECTS)))
         await self._publish(self._replicas, LayoutState.STABLE, PlanPhase.COMMIT)
         await self._all_said(AckState.SETTLED)
+
+    async def close(self) -> None:
+        """Listen no more."""
+        self._listening.cancel()
+        await asyncio.wait([self._listening])
+
+    async def _listen(self, acks: KeyValue) -> None:
+        """Note what the workers say; asking them again and again would disturb what is measured."""
+        async with contextlib.aclosing(acks.watch()) as entries:
+            async for entry in entries:
+                if entry.value:
+                    self._acks[entry.key] = PlanAck.decode(entry.value)
 
     # --- layouts ---------------------------------------------------------------------------------
 
@@ -105,8 +120,7 @@ class DropCluster:
 
     @property
     def _halves(self) -> tuple[MemberPlan, ...]:
-        half = NUM_LAYERS // 2
-        spans = Span(start=0, end=half), Span(start=half, end=NUM_LAYERS)
+        spans = Span(start=0, end=_CUT), Span(start=_CUT, end=NUM_LAYERS)
         return tuple(
             MemberPlan(worker_id=worker, span=span)
             for worker, span in zip(WORKERS, spans, strict=True)
@@ -144,10 +158,8 @@ class DropCluster:
 
     async def _all_said(self, *states: AckState) -> None:
         async def said() -> bool:
-            entries = [await self._acks.get(worker) for worker in WORKERS]
-            acks = [PlanAck.decode(e.value) for e in entries if e is not None and e.value]
             version = None if self._plan is None else self._plan.version
-            news = [ack for ack in acks if (ack.term, ack.epoch) == version]
+            news = [ack for ack in self._acks.values() if (ack.term, ack.epoch) == version]
             for ack in news:
                 if ack.state in (AckState.REFUSED, AckState.FAILED):
                     raise ServerError(f"a worker refused the layout: {ack}")
@@ -262,4 +274,5 @@ async def drop_cluster(log_dir: Path, arguments: Sequence[str]) -> AsyncIterator
         stack.push_async_callback(bus.close)
         cluster = DropCluster(bus, ports)
         await cluster.start()
+        stack.push_async_callback(cluster.close)
         yield cluster

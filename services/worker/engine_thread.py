@@ -226,7 +226,7 @@ class EngineThread:
             self._finished.set_result(None)
 
     def _run(self, engine: BuiltEngine) -> None:
-        core, member = engine.core, engine.member
+        core, member, activity = engine.core, engine.member, engine.runner.activity
         self._num_changes = engine.runner.num_changes
         self._report(engine, News())
         while True:
@@ -242,9 +242,11 @@ class EngineThread:
                 self._report(engine, news)
                 news = News()
             news.add(core.step(time.monotonic()), member.take_events())
+            activity.is_awaited = core.is_waiting and self._commands.empty()
             news.add(member.pump(time.monotonic()), member.take_events())
             if member.is_settled:
                 engine.tidying.pump()
+            activity.is_awaited = False
             if commands or not news.is_empty or engine.runner.num_changes != self._num_changes:
                 self._report(engine, news)
             if member.is_grouped:

@@ -19,8 +19,8 @@ from services.worker.pipeline.weight_courier import WeightCourier
 from services.worker.work_pacer import WorkPacer
 from shared.layout import Span
 
-#: Share of the time that loading may take while batches run.
-_SHARE = 0.08
+#: Share of the time that loading may take while batches run, besides bubbles.
+_SHARE = 0.04
 
 
 class RestorationState(Enum):

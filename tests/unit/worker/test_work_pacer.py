@@ -56,6 +56,21 @@ def test_while_a_device_computes_a_worker_is_not_idle_however_long_it_takes() ->
     assert activity.is_idle(100.0)
 
 
+def test_in_a_bubble_there_is_time_for_a_piece_that_costs_nothing() -> None:
+    activity = BatchActivity()
+    pacer = WorkPacer(0.0, SHARE, activity)
+    activity.ran(1.0, 0.0)
+    activity.is_awaited = True
+    for now in (0.0001, 0.0008, 0.0015):
+        assert 0.0 < pacer.grant(now) <= PIECE_SECONDS
+        pacer.used(now + PIECE_SECONDS)
+    activity.is_awaited = False
+    assert pacer.grant(0.0105) > 0.0  # the share of all that time is still there
+    activity.is_awaited = activity.is_running = True
+    pacer.used(0.02)
+    assert pacer.grant(0.02) == 0.0  # the device computes
+
+
 def test_work_that_took_too_long_is_made_up_for() -> None:
     activity = BatchActivity()
     pacer = WorkPacer(0.0, SHARE, activity)
