@@ -74,6 +74,7 @@ class GroupMember:
 
     def prepare(self, regrouping: Regrouping, peers: GroupPeers | None) -> None:
         """Get ready for a layout that may be committed; a link of it may be down already."""
+        self._close_retired()  # it takes milliseconds, which a commit has not
         self._proposal = Proposal(regrouping, peers)
         if peers is not None and not peers.is_connected:
             self._fail(_LINK_DOWN)
@@ -121,7 +122,6 @@ class GroupMember:
     def _change(self, regrouping: Regrouping, peers: GroupPeers | None, now: float) -> None:
         """Serve in the next layout; no batch is in flight on a pipeline that gives up layers."""
         former, self._serving = self._serving, None
-        self._close_retired()
         self._unsettled = regrouping.epoch
         if peers is None:
             self._serve_alone(parks=regrouping.stops)
