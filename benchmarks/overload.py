@@ -1,7 +1,7 @@
 """The overload benchmark: `python -m benchmarks.overload`.
 
 A cluster of two CPU workers whose weights are about 40 % of their memory gets a burst whose
-requests need, at the height of it, 1.5 times the KV cache there is, once with `--policy drop` and
+requests together need 1.5 times the KV cache there is, once with `--policy drop` and
 once with `--policy none` (where KV overflows, the youngest request is computed again later). Equal
 requests at equal times for both, everything else equal too; several seeds. Prints tables, and
 writes a picture after the paper's Fig. 12. How the load is made from a trace:
@@ -222,12 +222,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--policies", nargs="+", type=Policy, choices=list(Policy), default=[*reversed(Policy)]
     )
     parser.add_argument("--quick", action="store_true", help="one seed, only the burst")
-    parser.add_argument("--need", type=float, default=2.2, help="KV of the burst over capacity")
+    parser.add_argument("--need", type=float, default=1.5, help="KV of the burst over capacity")
     parser.add_argument("--context-scale", type=float, default=0.15)
     parser.add_argument("--output-scale", type=float, default=1.0)
     parser.add_argument("--max-context", type=int, default=1024, help="longest prompt, tokens")
     parser.add_argument("--max-output", type=int, default=512, help="longest output, tokens")
-    parser.add_argument("--time-scale", type=float, default=2.0)
+    parser.add_argument("--time-scale", type=float, default=1.0)
     parser.add_argument("--until", type=float, default=60.0, help="second of the trace")
     parser.add_argument("--base-rate", type=float, default=0.15, help="requests/s besides")
     parser.add_argument("--base-seconds", type=float, default=100.0)

@@ -194,23 +194,28 @@ class Relocation:
 
         The caller orders the `transfers` of each that is returned, and tells each destination first
         what it shall free (`Releases.pending`); one without transfers runs again at once. Call it
-        again whenever an exchange ends. Where a stage has no room the first in
-        line waits for requests that run or travel; if there are none it is given up.
+        again whenever an exchange ends. Where a stage has no room the first in line for it waits
+        for requests that run or travel; if there are none it is given up. Those behind whose KV
+        goes to other stages pass: what they leave behind may be the very room it waits for.
         """
         pool = self._pool
         started = []
+        full: set[WorkerId] = set()
         parked = (exchange for exchange in pool.exchanges.values() if _is_parked(exchange))
         for exchange in exchange_order(parked):
+            request = exchange.request
             if len(pool.exchanging) >= max_in_progress:
                 break
+            if not full.isdisjoint(exchange.pending):
+                continue
             if pool.begin_exchange(exchange):
                 started.append(exchange)
                 if not exchange.pending:
                     pool.resume(exchange)
             elif pool.running or pool.exchanging:
-                break
+                full.update(pool.blocks.short_stages(request, exchange.target, request.num_tokens))
             else:
-                self.give_up(exchange.request)
+                self.give_up(request)
         return started
 
     def filled(self, key: KvKey, worker_id: WorkerId) -> bool:

@@ -310,6 +310,25 @@ class TestHandOver:
         assert output.preempted == (parked,)
         leader.check_integrity()
 
+    def test_who_waits_for_room_on_one_stage_does_not_hold_up_who_goes_to_another(self) -> None:
+        follower, leader = _replica(THERE), _replica(HERE)
+        _running(follower, 14)
+        (theirs,) = self._hand_over(follower)
+        theirs.request_id = "theirs"
+        small, large = _running(leader, 9, 12)
+        leader.relocation.enter(PIPELINE)
+        leader.relocation.park_running()
+        leader.relocation.adopt(theirs, PIPELINE)
+        _grant(leader, 3)  # room for the small one only
+        started = leader.relocation.start_exchanges(3)
+        assert [exchange.request for exchange in started] == [small, theirs]
+        leader.relocation.filled(theirs.kv_key, "w0")
+        assert leader.relocation.start_exchanges(3) == []
+        assert large.status is RequestStatus.PARKED
+        _grant(leader, 4)
+        assert [exchange.request for exchange in leader.relocation.start_exchanges(3)] == [large]
+        leader.check_integrity()
+
     def test_no_request_is_adopted_twice(self) -> None:
         follower, leader = _replica(THERE), _replica(HERE)
         _running(follower, 9)
