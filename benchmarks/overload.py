@@ -35,6 +35,7 @@ RUN_HEADERS = (
     "errors",
     "TTFT p50 / p90 / p99 / max (s)",
     "TPOT p50 / p99 (ms)",
+    "stall p90 / p99 / max (s)",
     "output tok/s",
     "preempted",
     "drops",
@@ -45,16 +46,22 @@ RUN_HEADERS = (
 #: Figures compared between the policies: less is better, but for the last one.
 FIGURES: dict[str, Callable[[PolicyRun], float]] = {
     "TTFT p50": lambda run: _percentiles(run, "ttft_seconds")[0],
+    "TTFT p90": lambda run: _percentiles(run, "ttft_seconds")[1],
     "TTFT p99": lambda run: _percentiles(run, "ttft_seconds")[2],
     "TPOT p50": lambda run: _percentiles(run, "tpot_seconds")[0],
     "TPOT p99": lambda run: _percentiles(run, "tpot_seconds")[2],
+    "stall p99": lambda run: _percentiles(run, "max_gap_seconds")[2],
     "output tok/s": lambda run: run.summary.output_tokens_per_second,
 }
 
 
 def _percentiles(run: PolicyRun, name: str) -> tuple[float, float, float, float]:
     """P50, P90, P99 and maximum of one distribution of a run; zeros where nothing succeeded."""
-    found = {"ttft_seconds": run.summary.ttft_seconds, "tpot_seconds": run.summary.tpot_seconds}
+    found = {
+        "ttft_seconds": run.summary.ttft_seconds,
+        "tpot_seconds": run.summary.tpot_seconds,
+        "max_gap_seconds": run.summary.max_gap_seconds,
+    }
     values = found[name]
     return (values.p50, values.p90, values.p99, values.max) if values else (0.0,) * 4
 
@@ -62,6 +69,7 @@ def _percentiles(run: PolicyRun, name: str) -> tuple[float, float, float, float]
 def run_row(run: PolicyRun) -> list[str]:
     """One line of the table of runs."""
     ttft, tpot = _percentiles(run, "ttft_seconds"), _percentiles(run, "tpot_seconds")
+    stall = _percentiles(run, "max_gap_seconds")  # the longest wait within each stream
     summary = run.summary
     return [
         f"seed {run.seed}, {run.policy.value}",
@@ -69,6 +77,7 @@ def run_row(run: PolicyRun) -> list[str]:
         str(summary.errors),
         " / ".join(map(seconds, ttft)),
         " / ".join(map(milliseconds, (tpot[0], tpot[2]))),
+        " / ".join(map(seconds, stall[1:])),
         f"{summary.output_tokens_per_second:.0f}",
         str(run.num_preemptions),
         str(len(run.drops)),
