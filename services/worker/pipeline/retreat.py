@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from services.worker.engine.block_manager import BlockOwner
+from services.worker.engine.block_manager import BlockOwner, BlockSwap
 from services.worker.engine.request import Request
 from services.worker.engine.routes import WorkerId
 from services.worker.engine.scheduler import Scheduler
@@ -72,16 +72,27 @@ def retreat(runner: ModelRunner, scheduler: Scheduler, needed: Sequence[BlockOwn
     others = (layer for layer in range(runner.config.num_layers) if layer not in runner.span)
     given_up = [layer for layer in others if runner.pool.num_kv_blocks((layer,))]
     num_kept = sum(len(owner.block_table) for owner in needed)
-    if num_kept >= runner.pool.num_kv_blocks(given_up):
+    num_mapped = runner.pool.num_kv_blocks(given_up)
+    if num_kept >= num_mapped:
         return
     swaps = scheduler.blocks.bring_forward(needed, scheduler.requests.values())
-    if swaps:
-        high, low = (torch.tensor(ids, device=runner.device) for ids in zip(*swaps, strict=True))
+    # Blocks behind those were taken since, for tokens to come: only layers served have them.
+    old = [swap for swap in swaps if swap.high < num_mapped]
+    if old:
+        high, low = _ids(old, runner.device)
         for layer in given_up:
             cache = runner.kv_cache(layer)
             cache[low] = cache[high]
+    if swaps:
+        high, low = _ids(swaps, runner.device)
         for layer in served:
             cache = runner.kv_cache(layer)
             cache[low], cache[high] = cache[high], cache[low]
     runner.pool.shrink_kv(given_up, num_kept)
     scheduler.blocks.grow(runner.pool.grow_kv_evenly(served))
+
+
+def _ids(swaps: Sequence[BlockSwap], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the high blocks, and of the low ones."""
+    high, low = (torch.tensor(ids, device=device) for ids in zip(*swaps, strict=True))
+    return high, low

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from services.worker.engine.request import Request
 from services.worker.kernels.cpu import CpuKernels
 from services.worker.links.base import Transport
-from tests.tiny_models import VOCAB_SIZE, TinyModels
+from services.worker.pipeline.retreat import retreat
+from shared.layout import Span
+from tests.tiny_models import NUM_LAYERS, VOCAB_SIZE, TinyModels
 from tests.unit.model.model_helpers import random_tokens
 from tests.unit.model.request_helpers import make_request
 from tests.unit.pipeline.pipeline_engine import make_requests, undisturbed
@@ -75,3 +79,42 @@ def late() -> list[Request]:
     for request in requests:
         request.request_id += "-late"
     return requests
+
+
+def test_blocks_taken_since_the_last_retreat_are_only_in_layers_served(
+    tiny_models: TinyModels, kernels: CpuKernels
+) -> None:
+    """A request that is about to travel has a block for its next token, too, wherever one is."""
+    directory = tiny_models.directory("llama")
+    with open_cluster(directory, kernels, num_workers=1, memory_bytes=MEMORY_BYTES) as cluster:
+        (engine,) = cluster.engines
+        runner, scheduler = engine.runner, engine.scheduler
+        size, route = runner.block_size, scheduler.relocation.route
+        gone, stays, other = (
+            make_request(name, random_tokens(8, 0, VOCAB_SIZE)) for name in ("gone", "stays", "o")
+        )
+        for request in (gone, stays, other):
+            scheduler.add(request)
+
+        def take(request: Request, num_blocks: int) -> None:
+            assert scheduler.blocks.allocate(request, route, num_blocks * size)
+
+        take(gone, runner.num_blocks - 2)
+        take(stays, 2)
+        for layer, block in product(range(NUM_LAYERS), stays.block_table):
+            runner.kv_cache(layer)[block].fill_(layer + 1)
+        scheduler.blocks.grow(runner.keep(Span(start=0, end=2)))
+        scheduler.blocks.free(gone)
+        retreat(runner, scheduler, [stays])
+        take(other, scheduler.blocks.num_free(engine.worker_id) - 1)
+        take(stays, 3)
+        high = stays.block_table[2]
+        assert high >= runner.pool.num_kv_blocks([3])
+        runner.kv_cache(0)[high].fill_(9.0)
+        retreat(runner, scheduler, [stays])
+        assert sorted(stays.block_table) == [0, 1, 2]
+        for layer, block in product(range(NUM_LAYERS), stays.block_table[:2]):
+            assert (runner.kv_cache(layer)[block] == layer + 1).all()
+        assert (runner.kv_cache(0)[stays.block_table[2]] == 9.0).all()
+        scheduler.blocks.free(other)
+        scheduler.blocks.free(stays)
