@@ -191,9 +191,12 @@ class _NcclCarrier:
         """Begin to end: what is under way comes to its end, or is aborted; then all is freed."""
 
         def end() -> None:
-            self._library.attach()
-            for lane in (*self.receiving.values(), *self.sending.values()):
-                lane.synchronize()
+            try:
+                self._library.attach()
+                for lane in (*self.receiving.values(), *self.sending.values()):
+                    lane.synchronize()
+            except RuntimeError:
+                structlog.get_logger(component="channel").exception("a channel does not end well")
             self.abort()
             self.receiving.clear()
             self.sending.clear()
