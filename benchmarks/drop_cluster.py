@@ -158,6 +158,8 @@ class DropCluster:
 
     async def _all_said(self, *states: AckState) -> None:
         async def said() -> bool:
+            if self._listening.done():
+                self._listening.result()  # raises what ended it
             version = None if self._plan is None else self._plan.version
             news = [ack for ack in self._acks.values() if (ack.term, ack.epoch) == version]
             for ack in news:

@@ -114,8 +114,7 @@ class End:
         self._synchronize()
         began_at = time.perf_counter()
         for _ in range(num_parts):
-            while not link.channel.has_room(LinkClass.EXCHANGE):
-                time.sleep(_POLL_SECONDS)
+            self._wait_for_room(link)
             packed = link.channel.put(nbytes, LinkClass.EXCHANGE, gather)
             self._send(link, LinkClass.EXCHANGE, Kind.PART, packed)
         self._send(link, LinkClass.EXCHANGE, Kind.END)  # behind the parts
@@ -145,9 +144,17 @@ class End:
         """Blocks that do not lie side by side."""
         return range(0, 2 * self.shape.part_blocks, 2)
 
+    def _wait_for_room(self, link: Link) -> None:
+        ends_at = time.monotonic() + DEADLINE_SECONDS
+        while not link.channel.has_room(LinkClass.EXCHANGE):
+            if time.monotonic() > ends_at:
+                raise ConnectionError("the other end takes nothing")
+            time.sleep(_POLL_SECONDS)
+
     def _send(self, link: Link, link_class: LinkClass, kind: Kind, packed: Packed = ()) -> None:
         while not link.send(LinkFrame(kind, "bench", 1, b"", packed), link_class):
-            link.wait_writable(link_class, DEADLINE_SECONDS)
+            if not link.wait_writable(link_class, DEADLINE_SECONDS):
+                raise ConnectionError("the other end takes nothing")
 
     def _receive(self) -> LinkFrame:
         frame = self._inbox.get(timeout=DEADLINE_SECONDS)

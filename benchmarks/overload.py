@@ -1,10 +1,10 @@
 """The overload benchmark: `python -m benchmarks.overload`.
 
 A cluster of two CPU workers whose weights are about 40 % of their memory gets a burst whose
-requests together need 1.5 times the KV cache there is, once with `--policy drop` and
-once with `--policy none` (where KV overflows, the youngest request is computed again later). Equal
-requests at equal times for both, everything else equal too; several seeds. Prints tables, and
-writes a picture after the paper's Fig. 12. How the load is made from a trace:
+requests together need 1.5 times the KV cache there is, once with `--policy drop` and once with
+`--policy none` (where KV overflows, the youngest request is computed again later). Equal requests
+at equal times for both, everything else equal too; several seeds. Prints tables, and writes a
+picture after the paper's Fig. 12. How the load is made from a trace:
 `benchmarks/overload_workload.py`.
 """
 
