@@ -116,5 +116,3 @@ def test_blocks_taken_since_the_last_retreat_are_only_in_layers_served(
         for layer, block in product(range(NUM_LAYERS), stays.block_table[:2]):
             assert (runner.kv_cache(layer)[block] == layer + 1).all()
         assert (runner.kv_cache(0)[stays.block_table[2]] == 9.0).all()
-        scheduler.blocks.free(other)
-        scheduler.blocks.free(stays)
